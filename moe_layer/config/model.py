@@ -1,0 +1,156 @@
+"""The layer's configuration: one frozen dataclass per component; each field's doc is the string below it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    num_experts: int
+    """Number of routed experts, E."""
+    top_k: int
+    """Experts per token, K."""
+    score_function: Literal["softmax", "sigmoid", "sqrtsoftplus"] = "softmax"
+    """How a logit becomes a score."""
+    softmax_order: Literal["pre", "post"] = "post"
+    """Softmax over all experts before the top-k (pre), or over the chosen ones after it (post)."""
+    renormalize: bool = True
+    """Divide the chosen scores by their sum (post normalises by itself; sigmoid with top_k 1 is never renormalised)."""
+    scaling_factor: float = 1.0
+    """Multiplies the final weights."""
+    num_groups: int | None = None
+    """Number of expert groups for group-limited routing."""
+    group_topk: int | None = None
+    """Groups a token may use."""
+    group_rule: Literal["sum_top2", "sum_topk_per_group"] = "sum_top2"
+    """Group score: sum of its two best keys (DeepSeek-V3), or of its top_k/group_topk best (Megatron, TransformerEngine)."""
+    expert_bias: bool = False
+    """Keep an fp32 `expert_bias [E]` buffer that is added to the scores for selection only."""
+    linear_bias: bool = False
+    """Add a learned `router.bias [E]` to the logits (gpt-oss)."""
+    gate_dtype: Literal["fp32_out", "fp32", "input"] = "fp32_out"
+    """Gate GEMM: input-dtype operands with fp32 accumulation and output, fp32 throughout, or the input's dtype throughout."""
+    jitter_eps: float = 0.0
+    """While training, multiply the router's input by uniform noise in [1-eps, 1+eps]."""
+    capacity_factor: float | None = None
+    """Per-expert, per-rank capacity ceil(T*K/E*factor); overflowing slots get id -1. None is dropless."""
+    capacity_policy: Literal["probs", "position"] = "probs"
+    """Which slots survive: the highest weights, or the lowest token indices."""
+    pad_to_capacity: bool = False
+    """Report capacity as every expert's row count, so that shapes do not depend on the routing."""
+    force_uniform: bool = False
+    """Benchmark aid: ids are a balanced function of the token index, whatever the logits say."""
+    nonfinite: Literal["count", "raise"] = "count"
+    """NaN or infinite logits: count them in the statistics, or raise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    intermediate_size: int
+    """Width F of each expert."""
+    activation: Literal["swiglu", "swiglu_clamped", "geglu"] = "swiglu"
+    """silu(g)*u; gpt-oss: clamp(g)*sigmoid(alpha*clamp(g))*(clamp(u)+1); gelu_tanh(g)*u."""
+    clamp_limit: float = 7.0
+    """swiglu_clamped: g is cut above the limit, u to [-limit, limit]."""
+    clamp_alpha: float = 1.702
+    """swiglu_clamped: slope inside the sigmoid."""
+    bias: bool = False
+    """Expert biases on both projections; the second is multiplied by the routing probability."""
+    backend: Literal["auto", "reference", "grouped_mm"] = "auto"
+    """Implementation of the grouped MLP."""
+    recompute: Literal["none", "h"] = "none"
+    """`h`: keep no gate/up projection for backward, compute it again."""
+    init_std: float = 0.02
+    """Standard deviation of the normal initialisation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedExpertConfig:
+    intermediate_size: int
+    """Width of the expert that every token passes through."""
+    gate: bool = False
+    """Multiply its output by sigmoid(x @ shared_expert_gate.weight) (Qwen3-Next)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossesConfig:
+    aux: Literal["none", "batch", "sequence", "global"] = "none"
+    """Load-balancing loss over the batch, each sequence, or all micro-batches since the last step."""
+    aux_coeff: float = 0.0
+    """Its coefficient."""
+    z_coeff: float = 0.0
+    """Coefficient of mean(logsumexp(logits)^2)."""
+    counts: Literal["live", "effective"] = "live"
+    """f_e counts the unbiased, ungrouped live top-k (as Megatron), or the ids really used."""
+    aux_group: Literal["data", "local"] = "data"
+    """f_e is all-reduced over all data ranks, or kept local."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceConfig:
+    bias_update_rate: float = 1e-3
+    """`update_bias()` adds rate * sign(mean load - load) to `expert_bias`."""
+    zero_mean: bool = False
+    """Remove the mean of `expert_bias` after each update."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatchConfig:
+    backend: Literal["auto", "local", "replicated", "all_gather", "all_to_all"] = "auto"
+    """Token dispatcher; auto is local at one rank and all_to_all beyond."""
+    rows: Literal["expert_major", "compact"] = "expert_major"
+    """Layout of the received rows."""
+    alignment: Literal[1, 8, 16, 128] = 1
+    """Pad each expert's rows with zeros to a multiple of this (compact: 1)."""
+    apply_probs: Literal["activation", "combine", "source"] = "activation"
+    """Where routing weights multiply: in the expert activation, on the expert rank after it, or at home."""
+    dispatch_format: Literal["input"] = "input"
+    """Wire format of dispatched rows."""
+    combine_format: Literal["input", "bf16", "fp32"] = "input"
+    """Wire format of returning partial sums, applied to local rows too."""
+    capacity: Literal["dropless", "static"] = "dropless"
+    """Row buffers sized by the routing, or fixed at ceil(static_factor*T*K)."""
+    static_factor: float = 1.0
+    """Rows per (T*K) under static capacity."""
+    overflow: Literal["error", "drop"] = "error"
+    """Static overflow: raise CapacityError, or drop (token, rank) pairs from the highest token index down."""
+    reduce: bool = True
+    """replicated: combine returns the group's sum instead of this rank's partial sum."""
+    max_tokens_per_rank: int | None = None
+    """Most tokens a rank may send; sizes static buffers (default: this rank's T, which must then be equal on all)."""
+    deadline_s: float = 60.0
+    """Seconds a rank waits for its peers before it raises DispatchTimeout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    weights: Literal["live", "recorded", "straight_through"] = "live"
+    """Gate weights of replayed slots: from current logits, as recorded, or recorded in value and live in gradient."""
+    on_missing: Literal["live", "raise"] = "live"
+    """Slots without a recorded id: filled by the best live experts not already taken, or an error."""
+    on_duplicate: Literal["refill", "raise"] = "refill"
+    """Repeated ids in a row: the first stays and the others are refilled, or an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    hidden_size: int
+    """Model width D."""
+    router: RouterConfig
+    """Routing."""
+    experts: ExpertsConfig
+    """Routed experts."""
+    shared_expert: SharedExpertConfig | None = None
+    """Optional always-on expert."""
+    losses: LossesConfig = field(default_factory=LossesConfig)
+    """Auxiliary losses."""
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    """Bias-based balancing."""
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
+    """Token dispatch."""
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    """Router replay."""
+    kernels: Literal["auto", "reference", "cuda"] = "auto"
+    """auto uses the compiled CUDA library when it is there; cuda insists on it; reference never uses it."""

@@ -1,0 +1,134 @@
+"""Configuration of a training run: model, data, optimiser, loop, parallel layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moe_layer.config.model import MoEConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    num_layers: int
+    """Decoder blocks."""
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key/value heads (default: num_heads)."""
+    dense_layers: int = 0
+    """Leading blocks with a dense SwiGLU MLP instead of the MoE layer."""
+    dense_intermediate_size: int | None = None
+    """Width of those dense MLPs."""
+    rope_theta: float = 10000.0
+    """Base of the rotary embedding."""
+    norm_eps: float = 1e-6
+    """Epsilon of RMSNorm."""
+    tie_embeddings: bool = True
+    """Share input and output embeddings."""
+    init_std: float = 0.02
+    """Standard deviation of the dense parameters' initialisation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    files: tuple[str, ...] = ()
+    """Text files or glob patterns; empty takes the Python standard library's own sources."""
+    max_bytes: int = 16_000_000
+    """Read at most this many bytes."""
+    sequence_length: int = 256
+    """Tokens (bytes) per sequence."""
+    val_fraction: float = 0.05
+    """Last part of each file kept for validation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    name: Literal["auto", "adamw", "apex_fused_adam"] = "auto"
+    """auto takes NVIDIA apex's FusedAdam on CUDA when it imports, else torch AdamW."""
+    lr: float = 3e-3
+    """Peak learning rate."""
+    min_lr: float = 3e-4
+    """Learning rate at the end of the cosine."""
+    warmup_steps: int = 20
+    """Linear warm-up steps."""
+    beta1: float = 0.9
+    """First-moment decay."""
+    beta2: float = 0.95
+    """Second-moment decay."""
+    eps: float = 1e-8
+    """Denominator epsilon."""
+    weight_decay: float = 0.1
+    """Decay of matrices (norms, biases and embeddings are exempt)."""
+    clip_norm: float = 1.0
+    """Global gradient-norm limit; 0 turns clipping off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    steps: int = 200
+    """Optimiser steps."""
+    global_batch: int = 16
+    """Sequences per optimiser step over all ranks."""
+    micro_batch: int = 16
+    """Sequences per forward on one rank; the rest is gradient accumulation."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Parameter and activation dtype."""
+    compile: bool = False
+    """torch.compile the decoder blocks."""
+    activation_checkpointing: Literal["none", "non_reentrant", "reentrant"] = "none"
+    """Recompute each block in backward."""
+    log_every: int = 1
+    """Steps between log lines."""
+    val_every: int = 100
+    """Steps between validations (one always runs at the end)."""
+    val_batches: int = 8
+    """Micro-batches per validation."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints (one is always written at the end); 0 writes the last one only."""
+    keep_checkpoints: int = 2
+    """Older checkpoints are deleted."""
+    resume: str | None = None
+    """Run directory or checkpoint to continue; `auto` takes the newest one of --out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    ep: int = 1
+    """Expert-parallel ranks."""
+    dp: int | None = None
+    """Data-parallel replicas of the EP group (default: world size / ep)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    prompt: str = "def "
+    """Text the final sample starts from."""
+    tokens: int = 200
+    """Bytes to sample; 0 turns sampling off."""
+    temperature: float = 0.8
+    """Softmax temperature; 0 is greedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    name: str
+    """Name of the run; the default output directory is runs/<name>."""
+    model: ModelConfig
+    """Decoder."""
+    moe: MoEConfig
+    """MoE layer of each block; its hidden_size is the model's."""
+    seed: int = 0
+    """Seed of initialisation, data order and sampling."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Text."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimiser."""
+    train: LoopConfig = field(default_factory=LoopConfig)
+    """Training loop."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Device layout."""
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    """Text sampled at the end."""

@@ -1,0 +1,159 @@
+"""Frozen values that travel between the four calls of the layer.
+
+Shape letters: T tokens on this rank, D hidden, E experts (global), L experts on this rank, K top-k, N rows, N_c compact
+rows (one per received token), R ranks of the EP group, S sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RoutingDecision:
+    """Expert ids to be honoured by the router (replay).
+
+    Attributes:
+        ids: integer `[..., K]`; -1 marks a slot that live routing fills.
+        weights: optional fp32, shape of `ids`; used by `weights: recorded | straight_through`.
+        valid: optional bool `[...]`; rows where it is False are routed live.
+    """
+
+    ids: Tensor
+    weights: Tensor | None = None
+    valid: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the router decided for T tokens.
+
+    Attributes:
+        ids_TK: int32, global expert ids, -1 = slot not routed.
+        weights_TK: fp32 (fp64 for fp64 logits) combine weights, 0 where the id is -1; carries the losses' gradient.
+        counts_E: int32, routed slots per expert over valid tokens, after capacity.
+        losses: name -> 0-d fp32, already multiplied by their coefficients (what was attached to `weights_TK`).
+        losses_unscaled: name -> 0-d fp32 before coefficients (1.0 = balanced for the aux loss).
+        stats: name -> tensor for logs (`events`, `logits`, `dropped`, ...).
+    """
+
+    ids_TK: Tensor
+    weights_TK: Tensor
+    counts_E: Tensor
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
+    losses_unscaled: Mapping[str, Tensor] = field(default_factory=dict)
+    stats: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def from_ids(cls, ids: Tensor, weights: Tensor, *, num_experts: int) -> Routing:
+        """Routing for users who bring their own router and want the dispatcher alone.
+
+        Args:
+            ids: integer `[T, K]`, -1 = slot not routed, else in `[0, num_experts)` (checked on CPU).
+            weights: floating `[T, K]`.
+            num_experts: global number of experts E.
+
+        Raises:
+            RoutingError: shapes differ, dtypes are wrong or an id is out of range.
+        """
+        from moe_layer.errors import RoutingError
+
+        if ids.ndim != 2 or ids.shape != weights.shape:
+            raise RoutingError(
+                f"ids and weights must both be [T, K], got {tuple(ids.shape)} and {tuple(weights.shape)}"
+            )
+        if ids.is_floating_point() or ids.dtype == torch.bool or not weights.is_floating_point():
+            raise RoutingError(
+                f"ids must be an integer tensor and weights a floating one, got {ids.dtype} and {weights.dtype}"
+            )
+        if not ids.is_cuda and ids.numel():
+            low, high = int(ids.min()), int(ids.max())
+            if low < -1 or high >= num_experts:
+                raise RoutingError(
+                    f"ids must lie in [-1, {num_experts}), got {low}..{high}; -1 marks a slot that is not routed"
+                )
+        ids_TK = ids.to(torch.int32)
+        routed_TK = ids_TK >= 0
+        counts_E = torch.zeros(num_experts, dtype=torch.int32, device=ids.device)
+        flat = torch.where(routed_TK, ids_TK, 0).flatten().long()
+        counts_E.index_add_(0, flat, routed_TK.flatten().to(torch.int32))
+        weights_TK = torch.where(routed_TK, weights.float(), weights.new_zeros((), dtype=torch.float32))
+        return cls(ids_TK=ids_TK, weights_TK=weights_TK, counts_E=counts_E)
+
+    def detach(self) -> Routing:
+        """The same values without autograd history, for logs."""
+
+        def cut(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: value.detach() for name, value in values.items()}
+
+        return Routing(
+            ids_TK=self.ids_TK,
+            weights_TK=self.weights_TK.detach(),
+            counts_E=self.counts_E,
+            losses=cut(self.losses),
+            losses_unscaled=cut(self.losses_unscaled),
+            stats=cut(self.stats),
+        )
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """What this rank's ids determine, without communication. Made by `moe_layer.dispatch.plan.make_plan`.
+
+    Attributes:
+        ids_TK: int32 ids the plan was made from.
+        num_experts, num_ranks: E and R; rank r owns experts `[r*E/R, (r+1)*E/R)`.
+        counts_E: int32, routed slots of this rank per global expert.
+        send_tokens: int32 [sum(send_counts_R)], token indices grouped by destination rank, ascending inside a group;
+            a token appears once per destination rank.
+        send_counts_R: int32, tokens sent to each rank.
+        position_TR: int32, index of the token's row inside `send_tokens`, -1 when not sent to that rank.
+    """
+
+    ids_TK: Tensor
+    num_experts: int
+    num_ranks: int
+    counts_E: Tensor
+    send_tokens: Tensor
+    send_counts_R: Tensor
+    position_TR: Tensor
+
+
+@dataclass(frozen=True)
+class Received:
+    """Rows for the local experts, and everything needed to send results home.
+
+    Rows are ordered by (expert, source rank, token). With alignment > 1 each expert's rows are padded with zero rows.
+
+    Attributes:
+        rows: `[N, D]` expert-major, or `[N_c, D]` compact in (source, token) order together with `index_N`.
+        index_N: None, or int32: compact row of each expert-major row (0 for pads, whose probability is 0).
+        probs_N: fp32 routing probability of each expert-major row, 0 for pads.
+        act_probs_N: what the expert activation multiplies by: `probs_N` under `apply_probs: activation`, else None.
+        offsets_L1: int32 [L+1], row boundaries per local expert, pads included. Rows past `offsets_L1[-1]` are undefined.
+        counts_L: int32, real rows per local expert. counts_LR: the same split by source rank.
+        expert_ids_L: int32, global ids of the local experts.
+        src_N3: int32 [N, 3]: source rank, token, slot of each row, -1 for pads.
+        row_CK: int32 [N_c, K]: for each compact row and slot, its expert-major row, -1 when the slot is not local.
+        ids_CK: int32 [N_c, K]: global expert ids of the compact rows' slots, -1 when the slot is not local.
+        plan: the source plan. state: private to the dispatcher backend that made this value.
+    """
+
+    rows: Tensor
+    index_N: Tensor | None
+    probs_N: Tensor
+    act_probs_N: Tensor | None
+    offsets_L1: Tensor
+    counts_L: Tensor
+    counts_LR: Tensor
+    expert_ids_L: Tensor
+    src_N3: Tensor
+    row_CK: Tensor
+    ids_CK: Tensor
+    plan: DispatchPlan
+    state: Any = None
