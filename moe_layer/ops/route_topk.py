@@ -1,0 +1,365 @@
+"""`moe_layer::route_topk`: logits -> top-k expert ids, weights, counts and loss sums, in one functional op.
+
+Letters: T tokens, E experts, K top-k, S sequences. Precision: logits of any floating dtype are widened on load and all
+arithmetic runs in fp32 (fp64 for fp64 logits); weights, scores and sums are returned in that dtype, dense probabilities
+and the gradient of the logits in the logits' own dtype.
+
+The order of a row: finite experts by descending key, then experts whose key is not finite; equal keys by ascending
+expert id. The readable reference lives in `route_topk_ref.py`; `csrc/router_*.cu` registers CUDA kernels for these two
+schemas. The schemas are settled; a change is announced here:
+
+* (none so far)
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_layer.ops import route_topk_ref as ref
+from moe_layer.ops.route_topk_check import check_arguments
+
+NUM_EVENTS = 8
+"""events: rows with a replayed slot, slots replayed, slots missing (-1), duplicates, out of range, non-finite rows, 0, 0."""
+
+
+class RouteTopk(NamedTuple):
+    """What `route_topk` returns; an output nobody asked for has zero elements.
+
+    Shapes keep the leading dimensions of the logits (`[..., K]`, `[..., E]`).
+
+    Attributes:
+        weights: fp32 (fp64), 0 where the id is -1.
+        ids: int32, -1 in rows that are not valid.
+        counts: int32 [E], slots per expert over valid rows.
+        aux_counts: int32 [S, E], per sequence, see `aux_counts` of `route_topk`.
+        score_sum: fp32 (fp64) [S, E], sum over valid tokens of the scores normalised over all E.
+        z_sum: fp32 (fp64) [1], sum over valid tokens of logsumexp(logits)^2.
+        events: int32 [8], see `NUM_EVENTS`.
+        probs: logits' dtype, the weights as a dense matrix.
+        scores: fp32 (fp64), scores normalised over all E, 0 in rows that are not valid.
+        map: bool [..., E], or uint8 [..., ceil(E/8)] with expert e at bit e%8 of byte e//8.
+    """
+
+    weights: Tensor
+    ids: Tensor
+    counts: Tensor
+    aux_counts: Tensor
+    score_sum: Tensor
+    z_sum: Tensor
+    events: Tensor
+    probs: Tensor
+    scores: Tensor
+    map: Tensor
+
+
+FORWARD_SCHEMA = (
+    "(Tensor logits, Tensor? expert_bias, Tensor? replay_ids, Tensor? replay_weights, Tensor? valid, Tensor? cu_seqlens,"
+    " *, int top_k, str score_function, str softmax_order, bool renormalize, float scaling_factor, int num_groups,"
+    " int group_topk, str group_rule, str weights_mode, str aux_counts, bool want_z, bool want_probs, bool want_scores,"
+    " str map_format)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+BACKWARD_SCHEMA = (
+    "(Tensor? d_weights, Tensor? d_score_sum, Tensor? d_z, Tensor? d_probs, Tensor? d_scores, Tensor logits, Tensor ids,"
+    " Tensor? replay_ids, Tensor? cu_seqlens, *, str score_function, str softmax_order, bool renormalize,"
+    " float scaling_factor, str weights_mode) -> Tensor"
+)
+# Rows that are not valid are recognised in backward by their ids, which are all -1.
+
+
+@torch.library.custom_op("moe_layer::route_topk", mutates_args=(), schema=FORWARD_SCHEMA)
+def _op(
+    logits: Tensor,
+    expert_bias: Tensor | None,
+    replay_ids: Tensor | None,
+    replay_weights: Tensor | None,
+    valid: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    top_k: int,
+    score_function: str,
+    softmax_order: str,
+    renormalize: bool,
+    scaling_factor: float,
+    num_groups: int,
+    group_topk: int,
+    group_rule: str,
+    weights_mode: str,
+    aux_counts: str,
+    want_z: bool,
+    want_probs: bool,
+    want_scores: bool,
+    map_format: str,
+) -> tuple[Tensor, ...]:
+    x_TE = logits.to(ref.compute_dtype(logits))
+    selected = ref.select(
+        x_TE,
+        expert_bias,
+        replay_ids,
+        valid,
+        top_k=top_k,
+        score_function=score_function,
+        softmax_order=softmax_order,
+        num_groups=num_groups,
+        group_topk=group_topk,
+        group_rule=group_rule,
+        want_live=aux_counts == "live",
+    )
+    weights_TK = ref.weights(
+        x_TE,
+        selected.ids_TK,
+        score_function=score_function,
+        softmax_order=softmax_order,
+        renormalize=renormalize,
+        scaling_factor=scaling_factor,
+    )
+    if weights_mode != "live" and replay_ids is not None and replay_weights is not None:
+        weights_TK = torch.where(ref.taken(replay_ids, selected.ids_TK), replay_weights.to(x_TE.dtype), weights_TK)
+    num_experts = x_TE.shape[1]
+    sums = ref.loss_sums(
+        x_TE,
+        selected,
+        valid,
+        cu_seqlens,
+        score_function=score_function,
+        aux_counts=aux_counts,
+        want_z=want_z,
+        want_scores=want_scores,
+    )
+    probs_TE = logits.new_empty(0)
+    if want_probs:
+        probs_TE = ref.scatter_rows(weights_TK, selected.ids_TK, num_experts).to(logits.dtype)
+    return (
+        weights_TK,
+        selected.ids_TK.to(torch.int32),
+        ref.count_ids(selected.ids_TK, num_experts),
+        sums.aux_counts_SE,
+        sums.score_sum_SE,
+        sums.z_sum,
+        selected.events,
+        probs_TE,
+        sums.scores_TE,
+        ref.routing_map(selected.ids_TK, num_experts, map_format),
+    )
+
+
+@_op.register_fake
+def _fake(
+    logits: Tensor,
+    expert_bias: Tensor | None,
+    replay_ids: Tensor | None,
+    replay_weights: Tensor | None,
+    valid: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    top_k: int,
+    aux_counts: str,
+    want_z: bool,
+    want_probs: bool,
+    want_scores: bool,
+    map_format: str,
+    **_: Any,
+) -> tuple[Tensor, ...]:
+    num_tokens, num_experts = logits.shape
+    sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    wide = ref.compute_dtype(logits)
+    aux_shape = (0,) if aux_counts == "none" else (sequences, num_experts)
+    dense = (num_tokens, num_experts)
+    map_shape = {"none": (0,), "bytemap": dense, "bitmap": (num_tokens, (num_experts + 7) // 8)}[map_format]
+    return (
+        logits.new_empty((num_tokens, top_k), dtype=wide),
+        logits.new_empty((num_tokens, top_k), dtype=torch.int32),
+        logits.new_empty((num_experts,), dtype=torch.int32),
+        logits.new_empty(aux_shape, dtype=torch.int32),
+        logits.new_empty(aux_shape, dtype=wide),
+        logits.new_empty((1 if want_z else 0,), dtype=wide),
+        logits.new_empty((NUM_EVENTS,), dtype=torch.int32),
+        logits.new_empty(dense if want_probs else (0,)),
+        logits.new_empty(dense if want_scores else (0,), dtype=wide),
+        logits.new_empty(map_shape, dtype=torch.uint8 if map_format == "bitmap" else torch.bool),
+    )
+
+
+@torch.library.custom_op("moe_layer::route_topk_bwd", mutates_args=(), schema=BACKWARD_SCHEMA)
+def _bwd_op(
+    d_weights: Tensor | None,
+    d_score_sum: Tensor | None,
+    d_z: Tensor | None,
+    d_probs: Tensor | None,
+    d_scores: Tensor | None,
+    logits: Tensor,
+    ids: Tensor,
+    replay_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    score_function: str,
+    softmax_order: str,
+    renormalize: bool,
+    scaling_factor: float,
+    weights_mode: str,
+) -> Tensor:
+    x_TE = logits.to(ref.compute_dtype(logits))
+    d_w_TK = ref.weight_gradient(d_weights, d_probs, ids, x_TE.dtype)
+    if d_w_TK is not None and weights_mode == "recorded" and replay_ids is not None:
+        d_w_TK = d_w_TK.masked_fill(ref.taken(replay_ids, ids), 0)
+    dx_TE = ref.loss_sums_backward(
+        d_score_sum, d_z, d_scores, x_TE, ids, cu_seqlens, score_function=score_function
+    )
+    dx_TE = ref.weights_backward(
+        d_w_TK,
+        dx_TE,
+        x_TE,
+        ids,
+        score_function=score_function,
+        softmax_order=softmax_order,
+        renormalize=renormalize,
+        scaling_factor=scaling_factor,
+    )
+    return dx_TE.to(logits.dtype)
+
+
+@_bwd_op.register_fake
+def _bwd_fake(
+    d_weights: Tensor | None,
+    d_score_sum: Tensor | None,
+    d_z: Tensor | None,
+    d_probs: Tensor | None,
+    d_scores: Tensor | None,
+    logits: Tensor,
+    *_: Any,
+    **__: Any,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    logits, _, replay_ids, replay_weights, _, cu_seqlens = inputs
+    ctx.set_materialize_grads(False)
+    names = ("score_function", "softmax_order", "renormalize", "scaling_factor", "weights_mode")
+    ctx.options = {name: keyword_only_inputs[name] for name in names}
+    recorded = ctx.options["weights_mode"] == "recorded" and replay_weights is not None
+    ctx.save_for_backward(logits, output[1], replay_ids if recorded else None, cu_seqlens)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    logits, ids, replay_ids, cu_seqlens = ctx.saved_tensors
+    d_weights, _, _, _, d_score_sum, d_z, _, d_probs, d_scores, _ = (
+        None if grad is None or (grad.numel() == 0 and grad.ndim == 1) else grad for grad in grads
+    )
+    present = [d_weights, d_score_sum, d_z, d_probs, d_scores]
+    if not ctx.needs_input_grad[0] or all(grad is None for grad in present):
+        return (None,) * 6
+    dx = torch.ops.moe_layer.route_topk_bwd(*present, logits, ids, replay_ids, cu_seqlens, **ctx.options)
+    return (dx, None, None, None, None, None)
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def route_topk(
+    logits: Tensor,
+    expert_bias: Tensor | None = None,
+    *,
+    top_k: int,
+    score_function: str = "softmax",
+    softmax_order: str = "post",
+    renormalize: bool = True,
+    scaling_factor: float = 1.0,
+    num_groups: int = 0,
+    group_topk: int = 0,
+    group_rule: str = "sum_top2",
+    replay_ids: Tensor | None = None,
+    replay_weights: Tensor | None = None,
+    weights_mode: str = "live",
+    valid: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    aux_counts: str = "none",
+    want_z: bool = False,
+    want_probs: bool = False,
+    want_scores: bool = False,
+    map_format: str = "none",
+) -> RouteTopk:
+    """Choose K of E experts for every token and weigh them; differentiable in `logits`.
+
+    Args:
+        logits: `[..., E]` fp32, bf16, fp16 or fp64, any strides; T = 0 is allowed.
+        expert_bias: fp32 `[E]` (fp64 allowed with fp64 logits), added to the score for selection only; no gradient.
+        top_k: experts per token, at most E.
+        score_function: "softmax", "sigmoid" or "sqrtsoftplus".
+        softmax_order: "pre" (over E, then top-k) or "post" (over the chosen K).
+        renormalize: divide the chosen scores by their sum; "post" always does, sigmoid and sqrtsoftplus not for K = 1.
+        scaling_factor: multiplies the weights.
+        num_groups, group_topk: cut E into groups and allow `group_topk` of them per token; 0 is off.
+        group_rule: score of a group, its two best keys ("sum_top2") or its K/group_topk best ("sum_topk_per_group").
+        replay_ids: integer `[..., K]`; ids to honour, negative or out of range ones are filled with live experts.
+        replay_weights: floating `[..., K]`, for weights_mode other than "live".
+        weights_mode: "live", "recorded" (replayed slots take the recorded weight, without gradient) or
+            "straight_through" (recorded in value, live in gradient).
+        valid: bool `[...]`; rows where it is False get id -1 and weight 0 and count nowhere.
+        cu_seqlens: integer `[S+1]` boundaries of sequences in the flattened tokens, for per-sequence sums.
+        aux_counts: "none", "live" (unbiased, ungrouped live top-k) or "effective" (the ids returned).
+        want_z, want_probs, want_scores: ask for `z_sum`, `probs`, `scores`.
+        map_format: "none", "bytemap" or "bitmap".
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: a wrong shape, device, size or name.
+    """
+    check_arguments(
+        logits,
+        expert_bias,
+        replay_ids=replay_ids,
+        replay_weights=replay_weights,
+        valid=valid,
+        cu_seqlens=cu_seqlens,
+        top_k=top_k,
+        score_function=score_function,
+        softmax_order=softmax_order,
+        num_groups=num_groups,
+        group_topk=group_topk,
+        group_rule=group_rule,
+        weights_mode=weights_mode,
+        aux_counts=aux_counts,
+        map_format=map_format,
+    )
+    lead = logits.shape[:-1]
+    num_tokens = lead.numel()
+
+    def rows(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.reshape(num_tokens, tensor.shape[-1])
+
+    out = torch.ops.moe_layer.route_topk(
+        rows(logits),
+        expert_bias,
+        rows(replay_ids),
+        rows(replay_weights),
+        None if valid is None else valid.reshape(num_tokens),
+        cu_seqlens,
+        top_k=top_k,
+        score_function=score_function,
+        softmax_order=softmax_order,
+        renormalize=renormalize,
+        scaling_factor=float(scaling_factor),
+        num_groups=num_groups,
+        group_topk=group_topk,
+        group_rule=group_rule,
+        weights_mode=weights_mode,
+        aux_counts=aux_counts,
+        want_z=want_z,
+        want_probs=want_probs,
+        want_scores=want_scores,
+        map_format=map_format,
+    )
+    result = RouteTopk(*out)
+    if logits.ndim == 2:
+        return result
+    dense = {
+        name: getattr(result, name).reshape(*lead, -1)
+        for name, wanted in (("probs", want_probs), ("scores", want_scores), ("map", map_format != "none"))
+        if wanted and num_tokens
+    }
+    return result._replace(
+        weights=result.weights.reshape(*lead, top_k), ids=result.ids.reshape(*lead, top_k), **dense
+    )
