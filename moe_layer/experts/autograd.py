@@ -1,0 +1,90 @@
+"""The eager door: one autograd.Function, cheaper than a custom op, and the only door that knows main_grad."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_layer.experts.compute import run_backward, run_forward
+from moe_layer.experts.spec import ExpertsSpec, Layout, Weights
+
+NAMES = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+
+
+def main_grad_of(parameter: Tensor | None, name: str) -> Tensor | None:
+    """The parameter's `main_grad`, checked, or None when it has none or wants no gradient.
+
+    Raises:
+        ValueError: the parameter is sharded, or main_grad has another shape, dtype or device.
+        RuntimeError: called while torch.compile traces.
+    """
+    main_grad = getattr(parameter, "main_grad", None)
+    if main_grad is None or not parameter.requires_grad:
+        return None
+    if hasattr(parameter, "to_local") or not parameter.is_leaf:
+        raise ValueError(
+            f"experts.{name} has a main_grad but is sharded (DTensor or FSDP), where gradients must go through "
+            "autograd; delete its main_grad attribute or keep the parameter unsharded"
+        )
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"experts.{name} has a main_grad, which torch.compile cannot update in backward; "
+            "delete the attribute or run this layer in eager mode (torch.compiler.disable)"
+        )
+    if main_grad.dtype != torch.float32 or main_grad.shape != parameter.shape or main_grad.device != parameter.device:
+        raise ValueError(
+            f"experts.{name}.main_grad is {main_grad.dtype} {tuple(main_grad.shape)} on {main_grad.device}, must be "
+            f"float32 {tuple(parameter.shape)} on {parameter.device}; allocate it as "
+            "torch.zeros_like(parameter, dtype=torch.float32)"
+        )
+    return main_grad
+
+
+class ExpertsFunction(torch.autograd.Function):
+    """rows [N, D] from the fields of Layout and Weights; `parameters` are the weights' owners (for main_grad)."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: ExpertsSpec, parameters: tuple[nn.Parameter | None, ...], *tensors: Any) -> Tensor:
+        split = len(Layout._fields)
+        rows_ND, h = run_forward(Layout(*tensors[:split]), Weights(*tensors[split:]), spec)
+        ctx.spec, ctx.parameters = spec, parameters
+        ctx.save_for_backward(*tensors, h)
+        return rows_ND
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_rows_ND: Tensor) -> tuple[Any, ...]:
+        *tensors, h = ctx.saved_tensors
+        split, lead = len(Layout._fields), 2
+        layout, weights = Layout(*tensors[:split]), Weights(*tensors[split:])
+        wanted = (lead, lead + Layout._fields.index("probs"), *range(lead + split, lead + len(tensors)))
+        main_grads = [main_grad_of(p, name) for p, name in zip(ctx.parameters, NAMES, strict=True)]
+        found = run_backward(
+            d_rows_ND,
+            h,
+            layout,
+            weights,
+            ctx.spec,
+            [ctx.needs_input_grad[i] for i in wanted],
+            main_grads=main_grads,
+        )
+        for parameter, main_grad in zip(ctx.parameters, main_grads, strict=True):
+            if main_grad is not None:
+                parameter.grad_added_to_main_grad = True
+        result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        for i, gradient in zip(wanted, found, strict=True):
+            result[i] = gradient
+        return tuple(result)
+
+
+def experts_mlp(
+    layout: Layout, weights: Weights, spec: ExpertsSpec, *, parameters: tuple[nn.Parameter | None, ...]
+) -> Tensor:
+    """rows [N, D]: through `ExpertsFunction` in eager mode, through the op pair under torch.compile."""
+    for parameter, name in zip(parameters, NAMES, strict=True):
+        main_grad_of(parameter, name)
+    if torch.compiler.is_compiling():
+        return torch.ops.moe_layer.experts_fwd(*layout, *weights, *spec.as_arguments())[0]
+    return ExpertsFunction.apply(spec, parameters, *layout, *weights)

@@ -1,0 +1,35 @@
+"""Which backend runs: explicit choices are honoured or rejected, `auto` picks and says when it must pick a slower one."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+
+from moe_layer.experts import grouped_mm
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
+
+
+def resolve(backend: str, device: torch.device, dtype: torch.dtype, *, hidden_size: int, width: int) -> str:
+    """`reference` or `grouped_mm` for operands of this device and dtype.
+
+    `auto` takes the loop on CPU, where it is faster than torch's grouped GEMM (docs/benchmarks/cpu_layer.jsonl), and
+    grouped_mm on CUDA; elsewhere the loop, with one warning because it reads the row counts on the host.
+
+    Raises:
+        ValueError: the backend was asked for by name and cannot run this; names the fact and the remedy.
+    """
+    if backend == "reference" or (backend == "auto" and device.type == "cpu"):
+        return "reference"
+    obstacle = grouped_mm.obstacle(device, dtype, hidden_size=hidden_size, width=width)
+    if obstacle is None:
+        return "grouped_mm"
+    if backend == "grouped_mm":
+        raise ValueError(f"experts.backend is grouped_mm, but {obstacle}; or set experts.backend to reference")
+    _warn_once(f"experts.backend auto uses the per-expert loop, which synchronises with the host: {obstacle}")
+    return "reference"

@@ -1,0 +1,123 @@
+"""The computation behind both doors: casts, autocast off, choice of the backend, the compact row gradient."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+import moe_layer.ops.experts as op
+from moe_layer.experts import grouped_mm, reference
+from moe_layer.experts.spec import ExpertsSpec, Layout, Weights, WeightTargets
+
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "grouped_mm": grouped_mm}
+
+
+def _no_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _cast(weights: Weights, dtype: torch.dtype) -> Weights:
+    return Weights(*(None if w is None else w.detach().to(dtype).contiguous() for w in weights))
+
+
+def reduction_blocks(num_experts: int) -> int:
+    """Blocks of experts in the reduction tree: the largest of 8, 4, 2, 1 that divides the number of experts."""
+    return next(blocks for blocks in (8, 4, 2, 1) if num_experts % blocks == 0)
+
+
+def run_forward(layout: Layout, weights: Weights, spec: ExpertsSpec) -> tuple[Tensor, Tensor]:
+    """rows [N, D] in x's dtype and what backward wants of H (see the backend)."""
+    with _no_autocast(layout.x.device.type):
+        rows_ND, h = BACKENDS[spec.backend].forward(layout, _cast(weights, spec.compute_dtype), spec)
+        return rows_ND.to(layout.x.dtype), h
+
+
+def run_backward(
+    d_rows_ND: Tensor,
+    h: Tensor,
+    layout: Layout,
+    weights: Weights,
+    spec: ExpertsSpec,
+    needs: Sequence[bool],
+    *,
+    main_grads: Sequence[Tensor | None] = (None, None, None, None),
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, probs and the four weights, None where `needs` is False or where they went to a main_grad."""
+    with _no_autocast(layout.x.device.type):
+        targets = _targets(weights, needs[2:], main_grads)
+        d_x, d_probs = BACKENDS[spec.backend].backward(
+            d_rows_ND.to(spec.compute_dtype).contiguous(),
+            h,
+            layout,
+            _cast(weights, spec.compute_dtype),
+            spec,
+            targets,
+            need_x=needs[0],
+        )
+        if d_x is not None:
+            d_x = _to_source_rows(d_x, layout, spec)
+        d_weights = tuple(
+            None if target is None or add else target
+            for target, add in zip(targets[:4], targets.accumulate, strict=True)
+        )
+        return (d_x, d_probs if needs[1] else None, *d_weights)
+
+
+def _targets(weights: Weights, needs: Sequence[bool], main_grads: Sequence[Tensor | None]) -> WeightTargets:
+    targets: list[Tensor | None] = []
+    for weight, need, main_grad in zip(weights, needs, main_grads, strict=True):
+        if weight is None or not need:
+            targets.append(None)
+        elif main_grad is not None:
+            targets.append(main_grad)
+        else:
+            targets.append(torch.empty(weight.shape, dtype=weight.dtype, device=weight.device))
+    accumulate = tuple(main_grad is not None for main_grad in main_grads)
+    return WeightTargets(*targets, accumulate=accumulate)
+
+
+def _to_source_rows(d_x_ND: Tensor, layout: Layout, spec: ExpertsSpec) -> Tensor:
+    """d(gathered rows) -> d(x): compact rows sum their slots by the tree that dispatch uses in expert-major mode."""
+    if layout.index is None:
+        return d_x_ND.to(layout.x.dtype)
+    from moe_layer.ops.tree_reduce import tree_reduce
+
+    d_x_CD = tree_reduce(
+        d_x_ND,
+        layout.row_CK,
+        layout.ids_CK,
+        None,
+        num_experts=spec.num_experts,
+        blocks=reduction_blocks(spec.num_experts),
+    )
+    return d_x_CD.to(layout.x.dtype)
+
+
+def _split(arguments: tuple) -> tuple[Layout, Weights, ExpertsSpec, tuple]:
+    weights_end = op.NUM_LAYOUT + op.NUM_WEIGHTS
+    spec_end = weights_end + len(ExpertsSpec.__dataclass_fields__)
+    return (
+        Layout(*arguments[: op.NUM_LAYOUT]),
+        Weights(*arguments[op.NUM_LAYOUT : weights_end]),
+        ExpertsSpec(*arguments[weights_end:spec_end]),
+        arguments[spec_end:],
+    )
+
+
+@torch.library.impl("moe_layer::experts_fwd", "default")
+def _experts_fwd(*arguments: object) -> tuple[Tensor, Tensor]:
+    layout, weights, spec, _ = _split(arguments)
+    return run_forward(layout, weights, spec)
+
+
+@torch.library.impl("moe_layer::experts_bwd", "default")
+def _experts_bwd(d_rows_ND: Tensor, h: Tensor, *arguments: object) -> tuple[Tensor, ...]:
+    layout, weights, spec, (needs,) = _split(arguments)
+    found = run_backward(d_rows_ND, h, layout, weights, spec, needs)
+    return tuple(layout.x.new_empty(0) if gradient is None else gradient for gradient in found)
