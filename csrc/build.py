@@ -188,15 +188,9 @@ def link(toolkit: Toolkit, objects: list[Path], build_dir: Path, output: Path) -
     partial.replace(output)
 
 
-def build(output: Path, *, cross: bool = False, jobs: int | None = None) -> str:
-    """Build the library and return one line that says what was built.
-
-    Args:
-        output: where the library goes.
-        cross: build even if the installed torch is a CPU build (the result is for another machine).
-        jobs: parallel compilations; default $MAX_JOBS, else the number of cores.
-    """
-    torch, toolkit, archs = find_torch(), find_toolkit(), choose_archs()
+def check_torch_and_toolkit(*, cross: bool = False) -> tuple[TorchInstall, Toolkit]:
+    """What to build with; raises BuildError with the one reason why there is nothing to build here."""
+    torch, toolkit = find_torch(), find_toolkit()
     if not cross:
         if torch.cuda is None:
             raise BuildError(f"torch {torch.version} is a CPU build")
@@ -205,6 +199,28 @@ def build(output: Path, *, cross: bool = False, jobs: int | None = None) -> str:
                 f"torch {torch.version} is for CUDA {torch.cuda} but the toolkit at {toolkit.root} is {toolkit.version}; "
                 "set CUDA_HOME to a toolkit with the same major version"
             )
+    return torch, toolkit
+
+
+def up_to_date(output: Path) -> bool:
+    """Whether `output` was built from these sources and has kernels for every architecture that would be built now."""
+    if not output.exists():
+        return False
+    text = re.search(rb"torch_headers=[^\0]*", output.read_bytes())
+    info = dict(part.split("=", 1) for part in text[0].decode().split(";")) if text else {}
+    return info.get("sources") == source_hash() and set(choose_archs()) <= set(info.get("archs", "").split(","))
+
+
+def build(output: Path, *, cross: bool = False, jobs: int | None = None) -> str:
+    """Build the library and return one line that says what was built.
+
+    Args:
+        output: where the library goes.
+        cross: build even if the installed torch is a CPU build (the result is for another machine).
+        jobs: parallel compilations; default $MAX_JOBS, else the number of cores.
+    """
+    torch, toolkit = check_torch_and_toolkit(cross=cross)
+    archs = choose_archs()
     build_dir = ROOT / "build/csrc"
     jobs = jobs or int(os.environ.get("MAX_JOBS") or 0) or os.cpu_count() or 1
     start = time.monotonic()
@@ -220,8 +236,20 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "moe_layer/_C.abi3.so")
     parser.add_argument("--cross", action="store_true", help="also with a CPU build of torch: the result is for a GPU machine")
     parser.add_argument("--jobs", type=int, default=None, help="parallel compilations (default: $MAX_JOBS, else all cores)")
+    parser.add_argument("--if-needed", action="store_true", help="keep a library that is up to date, whoever built it")
+    parser.add_argument("--why-not", action="store_true", help="build nothing; exit 1 and print why nothing can be built here")
     args = parser.parse_args()
+    if args.why_not:
+        try:
+            check_torch_and_toolkit(cross=args.cross)
+        except BuildError as error:
+            print(error)
+            return 1
+        return 0
     try:
+        if args.if_needed and up_to_date(args.output):
+            print(f"{args.output} is up to date")
+            return 0
         print(build(args.output, cross=args.cross, jobs=args.jobs))
     except BuildError as error:
         print(f"moe_layer: CUDA extension not built: {error}", file=sys.stderr)

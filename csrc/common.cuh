@@ -1,9 +1,9 @@
 // What every kernel file shares: argument checks, the current stream, dtype dispatch, launch arithmetic.
 //
-// Rules for csrc: include only torch/csrc/stable, torch/headeronly, the CUDA runtime and CUB, so that one library serves
-// torch 2.11 and later and any Python. No schema is defined here: Python defines it (moe_layer/ops/NAME.py), and each .cu ends
-// with its own STABLE_TORCH_LIBRARY_IMPL(moe_layer, CUDA, m) { m.impl("NAME", TORCH_BOX(&name)); }.
-// A host entry is: checks, DeviceGuard, allocate outputs, launch on current_stream(), MOE_LAUNCH_CHECK().
+// Rules for csrc: include only torch/csrc/stable, torch/headeronly, the CUDA runtime and CUB, so that one library
+// serves torch 2.11 and later and any Python. No schema is defined here: Python defines it (moe_layer/ops/NAME.py), and
+// each .cu ends with its own STABLE_TORCH_LIBRARY_IMPL(moe_layer, CUDA, m) { m.impl("NAME", TORCH_BOX(&name)); }. A
+// host entry is: checks, DeviceGuard, allocate outputs, launch on current_stream(), MOE_LAUNCH_CHECK().
 #pragma once
 
 #include <cuda_bf16.h>
@@ -38,8 +38,8 @@ constexpr int kWarp = 32;
 inline void check_tensor(const Tensor& t, const char* name, ScalarType dtype, int64_t ndim) {
   STD_TORCH_CHECK(t.is_cuda(), name, " must be a CUDA tensor; move it with .cuda()");
   STD_TORCH_CHECK(
-      t.scalar_type() == dtype,
-      name, " must be ", torch::headeronly::toString(dtype), ", got ", torch::headeronly::toString(t.scalar_type()));
+      t.scalar_type() == dtype, name, " must be ", torch::headeronly::toString(dtype), ", got ",
+      torch::headeronly::toString(t.scalar_type()));
   STD_TORCH_CHECK(t.dim() == ndim, name, " must have ", ndim, " dimensions, got ", t.dim());
   STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous; call .contiguous()");
 }
@@ -51,8 +51,8 @@ inline void check_size(const Tensor& t, const char* name, int64_t axis, int64_t 
 // Pointers of two devices in one kernel are an illegal access that surfaces much later.
 inline void check_same_device(const Tensor& t, const char* name, const Tensor& other) {
   STD_TORCH_CHECK(
-      t.get_device_index() == other.get_device_index(),
-      name, " is on cuda:", t.get_device_index(), " but the first argument is on cuda:", other.get_device_index());
+      t.get_device_index() == other.get_device_index(), name, " is on cuda:", t.get_device_index(),
+      " but the first argument is on cuda:", other.get_device_index());
 }
 
 // int32 indexing inside kernels is faster; this is where a caller that exceeds it is told.
@@ -127,14 +127,12 @@ inline Tensor new_zeros(const Tensor& like, std::initializer_list<int64_t> sizes
 }
 
 // Scratch bytes from torch's caching allocator, freed in stream order when the tensor goes out of scope.
-inline Tensor scratch_bytes(const Tensor& like, int64_t bytes) {
-  return new_empty(like, {bytes}, ScalarType::Byte);
-}
+inline Tensor scratch_bytes(const Tensor& like, int64_t bytes) { return new_empty(like, {bytes}, ScalarType::Byte); }
 
 // ----------------------------------------------------------------------------------------------------- dtype dispatch
 
-// Calls body(T{}) with the CUDA type of a floating dtype; `using scalar_t = decltype(zero)` inside. fp64 has no kernel: the
-// Python reference serves it, so an fp64 tensor here is an error of the caller and says so.
+// Calls body(T{}) with the CUDA type of a floating dtype; `using scalar_t = decltype(zero)` inside. fp64 has no kernel:
+// the Python reference serves it, so an fp64 tensor here is an error of the caller and says so.
 template <typename Body>
 inline void dispatch_float(ScalarType dtype, const char* name, Body&& body) {
   switch (dtype) {

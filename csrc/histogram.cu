@@ -51,8 +51,8 @@ Tensor expert_histogram(const Tensor& ids, int64_t num_experts) {
     histogram_kernel<true><<<blocks, kThreads, experts * sizeof(int32_t), stream>>>(
         in_ptr<int32_t>(ids), numel, experts, out_ptr<int32_t>(counts_E));
   } else {
-    histogram_kernel<false><<<blocks, kThreads, 0, stream>>>(
-        in_ptr<int32_t>(ids), numel, experts, out_ptr<int32_t>(counts_E));
+    histogram_kernel<false>
+        <<<blocks, kThreads, 0, stream>>>(in_ptr<int32_t>(ids), numel, experts, out_ptr<int32_t>(counts_E));
   }
   MOE_LAUNCH_CHECK();
   return counts_E;
@@ -61,6 +61,4 @@ Tensor expert_histogram(const Tensor& ids, int64_t num_experts) {
 }  // namespace
 }  // namespace moe_layer
 
-STABLE_TORCH_LIBRARY_IMPL(moe_layer, CUDA, m) {
-  m.impl("expert_histogram", TORCH_BOX(&moe_layer::expert_histogram));
-}
+STABLE_TORCH_LIBRARY_IMPL(moe_layer, CUDA, m) { m.impl("expert_histogram", TORCH_BOX(&moe_layer::expert_histogram)); }
