@@ -1,4 +1,4 @@
-"""Which backend runs: explicit choices are honoured or rejected, `auto` picks and says when it must pick a slower one."""
+"""Which backend runs: an explicit choice is honoured or rejected, `auto` says when it must pick a slower one."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from torch import Tensor
 import moe_layer.ops.experts as op
 from moe_layer.experts import grouped_mm, reference
 from moe_layer.experts.spec import ExpertsSpec, Layout, Weights, WeightTargets
+from moe_layer.ops.tree_reduce import reduction_blocks, tree_reduce
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "grouped_mm": grouped_mm}
 
@@ -24,11 +25,6 @@ def _no_autocast(device_type: str) -> contextlib.AbstractContextManager:
 
 def _cast(weights: Weights, dtype: torch.dtype) -> Weights:
     return Weights(*(None if w is None else w.detach().to(dtype).contiguous() for w in weights))
-
-
-def reduction_blocks(num_experts: int) -> int:
-    """Blocks of experts in the reduction tree: the largest of 8, 4, 2, 1 that divides the number of experts."""
-    return next(blocks for blocks in (8, 4, 2, 1) if num_experts % blocks == 0)
 
 
 def run_forward(layout: Layout, weights: Weights, spec: ExpertsSpec) -> tuple[Tensor, Tensor]:
@@ -86,13 +82,10 @@ def _to_source_rows(d_x_ND: Tensor, layout: Layout, spec: ExpertsSpec) -> Tensor
     """d(gathered rows) -> d(x): compact rows sum their slots by the tree that dispatch uses in expert-major mode."""
     if layout.index is None:
         return d_x_ND.to(layout.x.dtype)
-    from moe_layer.ops.tree_reduce import tree_reduce
-
     d_x_CD = tree_reduce(
         d_x_ND,
         layout.row_CK,
-        layout.ids_CK,
-        None,
+        ids_MK=layout.ids_CK,
         num_experts=spec.num_experts,
         blocks=reduction_blocks(spec.num_experts),
     )

@@ -1,8 +1,8 @@
 """torch's grouped GEMM (torch.nn.functional.grouped_mm): no host synchronisation on CUDA with bf16.
 
-The GEMMs see whole matrices, so rows inside the offsets are all read: pads must be zero rows and the upstream gradient at
-pads must be zero (dispatchers and the combine's backward write them so). Rows past the last offset are never read by the
-GEMMs, whose outputs are uninitialised there; the activation passes over them row by row and nothing sums over them.
+The GEMMs read every row inside the offsets: pads must be zero rows and the upstream gradient at pads must be zero
+(dispatchers and the combine's backward write them so). Rows past the last offset are never read by the GEMMs, whose
+outputs are uninitialised there; the activation passes over them row by row and nothing sums over them.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def obstacle(device: torch.device, dtype: torch.dtype, *, hidden_size: int, widt
             return f"on CUDA grouped_mm is fast in bfloat16 only, not {dtype}; use bfloat16 or autocast"
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
-            return f"grouped_mm needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}; use float16 on it"
+            return f"grouped_mm needs compute capability 8.0 and this GPU has {capability}; use a newer one"
     multiple = 16 // dtype.itemsize
     if hidden_size % multiple or width % multiple:
         return (
-            f"grouped_mm needs rows of a multiple of 16 bytes and hidden_size {hidden_size}, intermediate_size {width} are "
-            f"not both multiples of {multiple} ({dtype}); round them up"
+            f"grouped_mm needs rows of a multiple of 16 bytes, and hidden_size {hidden_size}, intermediate_size {width} "
+            f"are not both multiples of {multiple} ({dtype}); round them up"
         )
     return None
 

@@ -23,8 +23,8 @@ def local_part(parameter: Tensor | None) -> Tensor | None:
 class Experts(nn.Module):
     """Gated MLPs of `num_experts` local experts, applied to rows grouped by expert.
 
-    Parameters: `gate_up_proj [L, 2F, D]` (gate rows first, then up rows), `down_proj [L, D, F]` and, with `config.bias`,
-    `gate_up_proj_bias [L, 2F]`, `down_proj_bias [L, D]`. Each may be a DTensor sharded on dimension 0.
+    Parameters: `gate_up_proj [L, 2F, D]` (gate rows first, then up rows), `down_proj [L, D, F]` and, with
+    `config.bias`, `gate_up_proj_bias [L, 2F]`, `down_proj_bias [L, D]`. Each may be a DTensor sharded on dimension 0.
 
     Args:
         config: see `ExpertsConfig`.
@@ -78,8 +78,8 @@ class Experts(nn.Module):
         """The MLP's output for each expert-major row.
 
         Args:
-            received: what a dispatcher delivered. `act_probs_N` (fp32, or None) multiplies the activation before the down
-                projection, and the down bias. Rows past the last offset are never read.
+            received: what a dispatcher delivered. `act_probs_N` (fp32, or None) multiplies the activation before the
+                down projection, and the down bias. Rows past the last offset are never read.
 
         Returns:
             rows [N, D], expert-major, in the dtype of `received.rows`; pads and the tail are undefined.

@@ -1,8 +1,8 @@
 """Per-expert loop: any device and dtype, fp64 included. On CPU it is also the fastest backend.
 
 Each expert's rows go through the same calls on the same matrix wherever the expert lives, so results do not depend on
-the number of ranks (design section 3, bit promise). Only real rows are read: pads and rows past the last offset may hold
-anything, and come back as zeros. On an accelerator each pass reads the counts once on the host.
+the number of ranks (design section 3, bit promise). Only real rows are read: pads and rows past the last offset may
+hold anything, and come back as zeros. On an accelerator each pass reads the counts once on the host.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class ExpertsSpec:
 
 
 class Layout(NamedTuple):
-    """The rows and where they lie; fields of `moe_layer.types.Received`, `x` and `index` as in its `rows`, `index_N`."""
+    """The rows and where they lie: fields of `moe_layer.types.Received`; x is its `rows`, index its `index_N`."""
 
     x: Tensor
     index: Tensor | None

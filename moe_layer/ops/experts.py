@@ -13,10 +13,7 @@ from torch import Tensor
 
 _LAYOUT = "Tensor x, Tensor? index, Tensor? probs, Tensor offsets, Tensor counts, Tensor row_CK, Tensor ids_CK"
 _WEIGHTS = "Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias"
-_SPEC = (
-    "str backend, str activation, float limit, float alpha, bool save_h, ScalarType compute_dtype, "
-    "int num_experts"
-)
+_SPEC = "str backend, str activation, float limit, float alpha, bool save_h, ScalarType compute_dtype, int num_experts"
 NUM_LAYOUT, NUM_WEIGHTS = 7, 4
 
 torch.library.define("moe_layer::experts_fwd", f"({_LAYOUT}, {_WEIGHTS}, {_SPEC}) -> (Tensor, Tensor)")

@@ -22,7 +22,7 @@ ACTIVATIONS = ("swiglu", "swiglu_clamped", "geglu")
 
 
 class GluGradients(NamedTuple):
-    """d_h [N, 2F] in h's dtype; d_probs [N] in the probabilities' dtype ([0] without them); a [N, F]: the op's output."""
+    """d_h [N, 2F] in h's dtype; d_probs [N] in the dtype of probs ([0] without them); a [N, F]: the op's output."""
 
     d_h_N2F: Tensor
     d_probs_N: Tensor
