@@ -34,7 +34,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, header: Map
         header: JSON-serialisable values kept with the file (the config).
     """
     path = Path(path)
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    stored = _by_value(tensors)
     digests = {name: _digests(name, tensor) for name, tensor in stored.items()}
     text = json.dumps({"header": dict(header), "sha256": digests}, sort_keys=True)
     metadata = {
@@ -51,6 +51,18 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, header: Map
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _by_value(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors that share no storage, which safetensors insists on."""
+    stored: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        storage = value.untyped_storage().data_ptr()
+        stored[name] = value.clone() if storage in seen else value
+        seen.add(storage)
+    return stored
 
 
 def load_tensors(path: str | Path, *, experts: range | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
