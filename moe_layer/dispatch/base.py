@@ -1,0 +1,67 @@
+"""The dispatcher protocol and what all backends share: wire formats, static sizes, the end of a combine."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moe_layer.config.model import DispatchConfig
+from moe_layer.types import DispatchPlan, Received, Routing
+
+
+class Dispatcher(Protocol):
+    """Tokens to the ranks of their experts and back. Calls keep no state on the object; it travels in handles and `Received`."""
+
+    def prepare(self, ids_TK: Tensor) -> DispatchPlan:
+        """The plan of these ids, without communication."""
+        ...
+
+    def dispatch_send(self, x_TD: Tensor, routing: Routing, plan: DispatchPlan | None = None) -> tuple[Any, Tensor]:
+        """Start moving rows; returns a handle and the token that joins the halves in the autograd graph."""
+        ...
+
+    def dispatch_recv(self, handle: Any, token: Tensor) -> Received:
+        """Wait for the rows of the local experts."""
+        ...
+
+    def combine_send(self, rows: Tensor, received: Received) -> tuple[Any, Tensor]:
+        """Start sending the experts' outputs home."""
+        ...
+
+    def combine_recv(self, handle: Any, token: Tensor, add: Tensor | None = None) -> Tensor:
+        """Wait for them; returns `[T, D]` in x's dtype, `add` (a shared expert's output) joined in fp32."""
+        ...
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> Received:
+        """`dispatch_send` and `dispatch_recv` in a row."""
+        ...
+
+    def combine(self, rows: Tensor, received: Received, add: Tensor | None = None) -> Tensor:
+        """`combine_send` and `combine_recv` in a row."""
+        ...
+
+
+def wire_dtype(config: DispatchConfig, dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which pre-reduced rows travel home."""
+    return {"input": dtype, "bf16": torch.bfloat16, "fp32": torch.promote_types(dtype, torch.float32)}[config.combine_format]
+
+
+def finish(sum_TD: Tensor, add: Tensor | None, *, dtype: torch.dtype) -> Tensor:
+    """fp32 (or fp64) tree sum plus the shared expert's output, rounded once to `dtype`."""
+    return (sum_TD if add is None else sum_TD + add.to(sum_TD.dtype)).to(dtype)
+
+
+def padded_rows(slots: int, *, num_local: int, alignment: int) -> int:
+    """Rows that hold `slots` slots however they fall on the experts."""
+    if alignment == 1:
+        return slots
+    worst = slots + min(num_local, slots) * (alignment - 1)
+    return -(-worst // alignment) * alignment
+
+
+def static_rows(config: DispatchConfig, *, slots: int) -> int:
+    """Rows of a static buffer for `slots` = T*K slots."""
+    return -(-math.ceil(config.static_factor * slots) // config.alignment) * config.alignment

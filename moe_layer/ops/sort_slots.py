@@ -1,0 +1,72 @@
+"""Order a rank's slots by (local expert, compact row, slot): the row order of every dispatcher. Integers only.
+
+Compact rows are in (source rank, token) order, so a stable sort by expert gives (expert, source rank, token); nothing here
+depends on timing, and there are no atomics on floats.
+
+Shape letters: C compact rows, K slots, L local experts, N expert-major rows with pads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class SlotOrder(NamedTuple):
+    """slot_N: flat slot `c*K + k` of each row, -1 for pads and the tail; row_CK: its inverse, -1 where the slot is absent;
+    offsets_L1: row boundaries, pads included; counts_L: real rows. All int32."""
+
+    slot_N: Tensor
+    row_CK: Tensor
+    offsets_L1: Tensor
+    counts_L: Tensor
+
+
+def sort_slots(ids_CK: Tensor, *, first_expert: int, num_local: int, alignment: int, num_rows: int) -> SlotOrder:
+    """Rows for the experts `[first_expert, first_expert + num_local)`; other ids and -1 are absent.
+
+    Args:
+        ids_CK: int32 `[C, K]` global expert ids.
+        alignment: every expert's rows are padded to a multiple of this.
+        num_rows: N, at least the padded total; rows past `offsets_L1[-1]` belong to nobody.
+    """
+    return SlotOrder(*torch.ops.moe_layer.sort_slots(ids_CK, first_expert, num_local, alignment, num_rows))
+
+
+@torch.library.custom_op("moe_layer::sort_slots", mutates_args=())
+def _sort_slots(
+    ids: Tensor, first_expert: int, num_local: int, alignment: int, num_rows: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    local_P = ids.flatten() - first_expert
+    local_P = torch.where((ids.flatten() >= 0) & (local_P >= 0) & (local_P < num_local), local_P, num_local)
+    order_P = _stable_order(local_P, num_local)
+    key_P = local_P.index_select(0, order_P)
+    every_L1 = torch.arange(num_local + 1, dtype=key_P.dtype, device=key_P.device)
+    begin_L1 = torch.searchsorted(key_P, every_L1)  # first sorted position of each expert, then of the absent slots
+    counts_L = begin_L1.diff()
+    offsets_L1 = torch.nn.functional.pad((-(counts_L // -alignment) * alignment).cumsum(0), (1, 0))
+    # sorted position -> row: shifted by the pads of the experts before it; absent slots go to a row that is cut off
+    shift_L1 = offsets_L1 - begin_L1
+    position_P = torch.arange(order_P.numel(), device=order_P.device)
+    row_P = torch.where(key_P < num_local, position_P + shift_L1.index_select(0, key_P), num_rows)
+    slot_N = torch.full((num_rows + 1,), -1, dtype=torch.int32, device=ids.device)
+    slot_N.scatter_(0, row_P, order_P.to(torch.int32))
+    row_CK = torch.empty_like(local_P).scatter_(0, order_P, torch.where(key_P < num_local, row_P, -1).to(torch.int32))
+    return slot_N[:-1].clone(), row_CK.view(ids.shape), offsets_L1.to(torch.int32), counts_L.to(torch.int32)
+
+
+@_sort_slots.register_fake
+def _(ids, first_expert, num_local, alignment, num_rows):  # type: ignore[no-untyped-def]
+    new = [ids.new_empty(shape, dtype=torch.int32) for shape in ((num_rows,), ids.shape, (num_local + 1,), (num_local,))]
+    return tuple(new)
+
+
+def _stable_order(key_P: Tensor, top: int) -> Tensor:
+    """Positions of a stable ascending sort of small integers in `[0, top]`."""
+    if not key_P.is_cuda and top < 2**15:
+        # numpy sorts 16-bit integers by radix: 20 us for 8192 keys, where torch's comparison sort takes 210 us
+        return torch.from_numpy(np.argsort(key_P.to(torch.int16).numpy(), kind="stable"))
+    return key_P.argsort(stable=True)
