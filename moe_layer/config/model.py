@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from moe_layer.config import rules
+from moe_layer.config.types import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
+
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    num_experts: int
+    num_experts: PositiveInt
     """Number of routed experts, E."""
-    top_k: int
+    top_k: PositiveInt
     """Experts per token, K."""
     score_function: Literal["softmax", "sigmoid", "sqrtsoftplus"] = "softmax"
     """How a logit becomes a score."""
@@ -18,11 +21,11 @@ class RouterConfig:
     """Softmax over all experts before the top-k (pre), or over the chosen ones after it (post)."""
     renormalize: bool = True
     """Divide the chosen scores by their sum (post normalises by itself; sigmoid with top_k 1 is never renormalised)."""
-    scaling_factor: float = 1.0
+    scaling_factor: PositiveFloat = 1.0
     """Multiplies the final weights."""
-    num_groups: int | None = None
+    num_groups: PositiveInt | None = None
     """Number of expert groups for group-limited routing."""
-    group_topk: int | None = None
+    group_topk: PositiveInt | None = None
     """Groups a token may use."""
     group_rule: Literal["sum_top2", "sum_topk_per_group"] = "sum_top2"
     """Group score: sum of its two best keys (DeepSeek-V3), or of its top_k/group_topk best (Megatron, TransformerEngine)."""
@@ -32,9 +35,9 @@ class RouterConfig:
     """Add a learned `router.bias [E]` to the logits (gpt-oss)."""
     gate_dtype: Literal["fp32_out", "fp32", "input"] = "fp32_out"
     """Gate GEMM: input-dtype operands with fp32 accumulation and output, fp32 throughout, or the input's dtype throughout."""
-    jitter_eps: float = 0.0
+    jitter_eps: Fraction = 0.0
     """While training, multiply the router's input by uniform noise in [1-eps, 1+eps]."""
-    capacity_factor: float | None = None
+    capacity_factor: PositiveFloat | None = None
     """Per-expert, per-rank capacity ceil(T*K/E*factor); overflowing slots get id -1. None is dropless."""
     capacity_policy: Literal["probs", "position"] = "probs"
     """Which slots survive: the highest weights, or the lowest token indices."""
@@ -45,16 +48,19 @@ class RouterConfig:
     nonfinite: Literal["count", "raise"] = "count"
     """NaN or infinite logits: count them in the statistics, or raise."""
 
+    def __post_init__(self) -> None:
+        rules.check(self, rules.router)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsConfig:
-    intermediate_size: int
+    intermediate_size: PositiveInt
     """Width F of each expert."""
     activation: Literal["swiglu", "swiglu_clamped", "geglu"] = "swiglu"
     """silu(g)*u; gpt-oss: clamp(g)*sigmoid(alpha*clamp(g))*(clamp(u)+1); gelu_tanh(g)*u."""
-    clamp_limit: float = 7.0
+    clamp_limit: PositiveFloat = 7.0
     """swiglu_clamped: g is cut above the limit, u to [-limit, limit]."""
-    clamp_alpha: float = 1.702
+    clamp_alpha: PositiveFloat = 1.702
     """swiglu_clamped: slope inside the sigmoid."""
     bias: bool = False
     """Expert biases on both projections; the second is multiplied by the routing probability."""
@@ -62,38 +68,50 @@ class ExpertsConfig:
     """Implementation of the grouped MLP."""
     recompute: Literal["none", "h"] = "none"
     """`h`: keep no gate/up projection for backward, compute it again."""
-    init_std: float = 0.02
+    init_std: NonNegativeFloat = 0.02
     """Standard deviation of the normal initialisation."""
+
+    def __post_init__(self) -> None:
+        rules.check(self, rules.experts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharedExpertConfig:
-    intermediate_size: int
+    intermediate_size: PositiveInt
     """Width of the expert that every token passes through."""
     gate: bool = False
     """Multiply its output by sigmoid(x @ shared_expert_gate.weight) (Qwen3-Next)."""
+
+    def __post_init__(self) -> None:
+        rules.check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossesConfig:
     aux: Literal["none", "batch", "sequence", "global"] = "none"
     """Load-balancing loss over the batch, each sequence, or all micro-batches since the last step."""
-    aux_coeff: float = 0.0
+    aux_coeff: NonNegativeFloat = 0.0
     """Its coefficient."""
-    z_coeff: float = 0.0
+    z_coeff: NonNegativeFloat = 0.0
     """Coefficient of mean(logsumexp(logits)^2)."""
     counts: Literal["live", "effective"] = "live"
     """f_e counts the unbiased, ungrouped live top-k (as Megatron), or the ids really used."""
     aux_group: Literal["data", "local"] = "data"
     """f_e is all-reduced over all data ranks, or kept local."""
 
+    def __post_init__(self) -> None:
+        rules.check(self, rules.losses)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BalanceConfig:
-    bias_update_rate: float = 1e-3
+    bias_update_rate: NonNegativeFloat = 1e-3
     """`update_bias()` adds rate * sign(mean load - load) to `expert_bias`."""
     zero_mean: bool = False
     """Remove the mean of `expert_bias` after each update."""
+
+    def __post_init__(self) -> None:
+        rules.check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,16 +130,19 @@ class DispatchConfig:
     """Wire format of returning partial sums, applied to local rows too."""
     capacity: Literal["dropless", "static"] = "dropless"
     """Row buffers sized by the routing, or fixed at ceil(static_factor*T*K)."""
-    static_factor: float = 1.0
+    static_factor: PositiveFloat = 1.0
     """Rows per (T*K) under static capacity."""
     overflow: Literal["error", "drop"] = "error"
     """Static overflow: raise CapacityError, or drop (token, rank) pairs from the highest token index down."""
     reduce: bool = True
     """replicated: combine returns the group's sum instead of this rank's partial sum."""
-    max_tokens_per_rank: int | None = None
+    max_tokens_per_rank: PositiveInt | None = None
     """Most tokens a rank may send; sizes static buffers (default: this rank's T, which must then be equal on all)."""
-    deadline_s: float = 60.0
+    deadline_s: PositiveFloat = 60.0
     """Seconds a rank waits for its peers before it raises DispatchTimeout."""
+
+    def __post_init__(self) -> None:
+        rules.check(self, rules.dispatch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +154,13 @@ class ReplayConfig:
     on_duplicate: Literal["refill", "raise"] = "refill"
     """Repeated ids in a row: the first stays and the others are refilled, or an error."""
 
+    def __post_init__(self) -> None:
+        rules.check(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    hidden_size: int
+    hidden_size: PositiveInt
     """Model width D."""
     router: RouterConfig
     """Routing."""
@@ -154,3 +178,6 @@ class MoEConfig:
     """Router replay."""
     kernels: Literal["auto", "reference", "cuda"] = "auto"
     """auto uses the compiled CUDA library when it is there; cuda insists on it; reference never uses it."""
+
+    def __post_init__(self) -> None:
+        rules.check(self, rules.moe)
