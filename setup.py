@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
 
 spec = importlib.util.spec_from_file_location("moe_layer_csrc_build", Path(__file__).parent / "csrc/build.py")
 assert spec is not None and spec.loader is not None
@@ -28,7 +31,20 @@ class BuildCsrc(build_ext):
     """Hands the one extension to csrc/build.py, which needs neither torch's BuildExtension nor its guesses."""
 
     def build_extension(self, ext: Extension) -> None:
-        print(csrc.build(Path(self.get_ext_fullpath(ext.name)).resolve(), cross=CROSS))
+        try:
+            print(csrc.build(Path(self.get_ext_fullpath(ext.name)).resolve(), cross=CROSS))
+        except csrc.BuildError as error:
+            raise CompileError(str(error)) from None
+
+
+class BuildWithConfigs(build_py):
+    """Puts configs/ into the package as moe_layer/_configs, where an installed package looks for its presets."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "moe_layer/_configs"
+            shutil.copytree(Path(__file__).parent / "configs", target, dirs_exist_ok=True)
 
 
 def want_extension() -> bool:
@@ -47,12 +63,13 @@ def want_extension() -> bool:
     return True
 
 
+commands = {"build_py": BuildWithConfigs}
 if want_extension():
     # The library calls nothing of CPython, so one wheel serves every Python from 3.10 on.
     setup(
         ext_modules=[Extension("moe_layer._C", sources=[], py_limited_api=True)],
-        cmdclass={"build_ext": BuildCsrc},
+        cmdclass={**commands, "build_ext": BuildCsrc},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )
 else:
-    setup()
+    setup(cmdclass=commands)

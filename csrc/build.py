@@ -155,7 +155,8 @@ def compile_all(toolkit: Toolkit, torch: TorchInstall, archs: list[str], build_d
     def compile_one(source: Path) -> Path:
         extra = []
         if source.suffix == ".cpp":
-            names = {"ARCHS": ",".join(archs), "VERSION": version[1] if version else "?", "SOURCES": source_hash()}
+            names = {"ARCHS": "_".join(archs), "VERSION": version[1] if version else "?", "SOURCES": source_hash()}
+            # nvcc splits option values at commas, hence the underscores
             extra = [f"-DMOE_LAYER_{key}={value}" for key, value in names.items()]
         identity = f"{toolkit.version} {torch.version} {common} {extra}".encode() + headers + source.read_bytes()
         target = build_dir / f"{source.stem}-{hashlib.sha256(identity).hexdigest()[:16]}.o"
@@ -208,7 +209,7 @@ def up_to_date(output: Path) -> bool:
         return False
     text = re.search(rb"torch_headers=[^\0]*", output.read_bytes())
     info = dict(part.split("=", 1) for part in text[0].decode().split(";")) if text else {}
-    return info.get("sources") == source_hash() and set(choose_archs()) <= set(info.get("archs", "").split(","))
+    return info.get("sources") == source_hash() and set(choose_archs()) <= set(info.get("archs", "").split("_"))
 
 
 def build(output: Path, *, cross: bool = False, jobs: int | None = None) -> str:

@@ -1,7 +1,4 @@
-"""One file an op: schema, PyTorch reference, fake, backward, autograd. Importing this package loads csrc's kernels if it can."""
+"""One file an op: schema, PyTorch reference, fake, backward, autograd.
 
-from __future__ import annotations
-
-from moe_layer.ops import _ext
-
-_ext.status()
+Importing loads no native code: `kernels.require_kernels` does, when a layer is built.
+"""

@@ -79,8 +79,12 @@ def load_library(library: Path, *, csrc: Path) -> ExtensionStatus:
     except OSError as error:
         return ExtensionStatus("failed", f"{library} cannot be loaded ({error})", info)
     cuda = int(info["cuda"])
-    text = f"{library.name} for sm_{info['archs']}, CUDA {cuda // 1000}.{cuda % 1000 // 10}, headers of torch {info['torch_headers']}"
+    text = f"{library.name} for {_arch_names(info)}, CUDA {cuda // 1000}.{cuda % 1000 // 10}, headers of torch {info['torch_headers']}"
     return ExtensionStatus("loaded", text, info)
+
+
+def _arch_names(info: Mapping[str, str]) -> str:
+    return ", ".join(f"sm_{arch}" for arch in info["archs"].split("_"))
 
 
 def arch_problem(info: Mapping[str, str], capability: tuple[int, int]) -> str | None:
@@ -89,12 +93,12 @@ def arch_problem(info: Mapping[str, str], capability: tuple[int, int]) -> str | 
     Machine code runs on its own major version from its own minor version on; `90a` runs on exactly 9.0.
     """
     major, minor = capability
-    for arch in info["archs"].split(","):
+    for arch in info["archs"].split("_"):
         built = (int(arch.rstrip("af")[:-1]), int(arch.rstrip("af")[-1]))
         if built == capability or (arch[-1].isdigit() and built[0] == major and built[1] <= minor):
             return None
     wanted = f"{major}{minor}"
-    return f"the extension has kernels for sm_{info['archs']} but this GPU is sm_{wanted}; rebuild with MOE_LAYER_CUDA_ARCHS={wanted}"
+    return f"the extension has kernels for {_arch_names(info)} but this GPU is sm_{wanted}; rebuild with MOE_LAYER_CUDA_ARCHS={wanted}"
 
 
 @functools.cache
