@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from moe_layer.errors import CapacityError, DispatchTimeout, RankMismatch
+from moe_layer.errors import CapacityError, DispatchTimeout, RankMismatch, TrainingError
 
 COMMANDS = {
     "train": ("moe_layer.train.cli", "train a small MoE language model from a YAML file"),
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("moe-layer: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, CapacityError, DispatchTimeout, RankMismatch) as error:
+    except (ValueError, OSError, CapacityError, DispatchTimeout, RankMismatch, TrainingError) as error:
         if os.environ.get("MOE_LAYER_LOG", "").lower() == "debug":
             raise
         print(f"moe-layer: {error}", file=sys.stderr)

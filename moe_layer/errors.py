@@ -38,3 +38,7 @@ class DispatchTimeout(RuntimeError):
 
 class RankMismatch(RuntimeError):
     """Ranks of one group disagree about the layer, the step, the phase, a size or the config."""
+
+
+class TrainingError(RuntimeError):
+    """A training run that cannot go on: its loss or gradient norm is not finite."""

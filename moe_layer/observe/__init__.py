@@ -1,0 +1,1 @@
+"""What a run shows: metrics, FLOPs, plots, the environment report."""

@@ -1,0 +1,1 @@
+"""A small decoder trained from one YAML file: `moe-layer train CONFIG`."""

@@ -1,0 +1,130 @@
+"""Where this process stands among its ranks, and the few collectives the trainer itself needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from moe_layer.config.train import TrainConfig
+from moe_layer.errors import ConfigError
+from moe_layer.train.checkpoint import Layout
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's place. `mesh` is None for a single process."""
+
+    rank: int
+    layout: Layout
+    device: torch.device
+    mesh: DeviceMesh | None
+
+    @property
+    def size(self) -> int:
+        return self.layout.world
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def agree(self, flag: int) -> int:
+        """The largest `flag` of all ranks."""
+        if self.size == 1:
+            return flag
+        tensor = torch.tensor([flag], device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor.item())
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+
+def plan_layout(config: TrainConfig) -> Layout:
+    """Check the parallel sizes against torchrun's WORLD_SIZE and the batch.
+
+    Raises:
+        ConfigError: sizes that do not fit together.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    ep, dp = config.parallel.ep, config.parallel.dp
+    problems = []
+    if world % ep:
+        problems.append(
+            f"parallel.ep ({ep}) must divide the number of ranks ({world}); start with torchrun --nproc-per-node {ep}, "
+            f"or set parallel.ep={world}"
+        )
+    elif dp is not None and dp * ep != world:
+        problems.append(f"parallel.dp ({dp}) times parallel.ep ({ep}) must be the number of ranks ({world}); leave dp out")
+    experts = config.moe.router.num_experts
+    if experts % ep:
+        fits = [str(n) for n in range(1, ep + 1) if experts % n == 0]
+        problems.append(f"moe.router.num_experts ({experts}) must be divisible by parallel.ep ({ep}); try {', '.join(fits)}")
+    loop = config.train
+    if loop.global_batch % (loop.micro_batch * world):
+        share = max(1, loop.global_batch // world)
+        problems.append(
+            f"train.global_batch ({loop.global_batch}) must be divisible by train.micro_batch ({loop.micro_batch}) times the "
+            f"number of ranks ({world}); try train.micro_batch={share} train.global_batch={share * world}"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return Layout(world=world, dp=world // ep, ep=ep)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA when there is one.
+
+    Raises:
+        ConfigError: cuda was asked for and is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device is cuda, but this torch sees no CUDA device; set train.device to auto or cpu")
+    if name == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", "0"))
+        if index >= torch.cuda.device_count():
+            raise ConfigError(
+                f"local rank {index} has no GPU of its own ({torch.cuda.device_count()} visible); "
+                f"start with torchrun --nproc-per-node {torch.cuda.device_count()}"
+            )
+        return torch.device("cuda", index)
+    return torch.device("cpu")
+
+
+@contextmanager
+def join(config: TrainConfig) -> Iterator[World]:
+    """Join torchrun's process group if there is one; leave it at the end."""
+    layout = plan_layout(config)
+    device = pick_device(config.train.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if layout.world == 1:
+        yield World(rank=0, layout=layout, device=device, mesh=None)
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        mesh = init_device_mesh(device.type, (layout.dp, layout.ep), mesh_dim_names=("dp", "ep"))
+        yield World(rank=dist.get_rank(), layout=layout, device=device, mesh=mesh)
+    finally:
+        dist.destroy_process_group()
