@@ -11,8 +11,9 @@ from torch import Tensor
 from moe_layer.config.model import DispatchConfig
 from moe_layer.dispatch.base import finish, padded_rows, wire_dtype
 from moe_layer.dispatch.plan import make_plan
+from moe_layer.ops.gather_rows import gather_rows
 from moe_layer.ops.sort_slots import sort_slots
-from moe_layer.ops.tree_reduce import gather_rows, reduction_blocks, tree_reduce
+from moe_layer.ops.tree_reduce import reduction_blocks, tree_reduce
 from moe_layer.types import DispatchPlan, Received, Routing
 
 

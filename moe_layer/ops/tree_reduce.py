@@ -17,6 +17,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from moe_layer.ops.gather_rows import gather_rows
+
 _WORKSPACE = 1 << 24  # elements of [M, B, D] partial sums held at once on the general path
 
 
@@ -218,17 +220,6 @@ def _tree_reduce_bwd(
 def _(d_out, rows, row_index, weights, src, num_rows):  # type: ignore[no-untyped-def]
     d_weights = d_out.new_empty(0) if weights is None else d_out.new_empty(row_index.shape)
     return d_out.new_empty(num_rows, d_out.shape[1]), d_weights
-
-
-def gather_rows(x_CD: Tensor, index_N: Tensor) -> Tensor:
-    """`x_CD[index_N]` with zero rows where the index is -1."""
-    if x_CD.shape[0] == 0:
-        return x_CD.new_zeros(index_N.shape[0], x_CD.shape[1])
-    out = x_CD.index_select(0, index_N.clamp_min(0))
-    absent_N = index_N < 0
-    if index_N.is_cuda or bool(absent_N.any()):
-        out.masked_fill_(absent_N.unsqueeze(1), 0)
-    return out
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
