@@ -1,12 +1,14 @@
 """Load-balancing and z losses from the sums that `route_topk` returns.
 
-S sequences (1 for the batch loss), E experts, K top-k, R data ranks. With f_e = E/(K*n) * slots of expert e and P_e the
-mean normalised score of expert e over n tokens, the load-balancing loss is sum_e f_e * P_e: 1.0 when balanced, E/K at worst.
+S sequences (1 for the batch loss), E experts, K top-k, R data ranks. With f_e = E/(K*n) * slots of expert e and P_e
+the mean normalised score of expert e over n tokens, the load-balancing loss is sum_e f_e * P_e: 1.0 when balanced, up
+to E/K.
 
-With a process group, f_e and n are those of the whole group (one all-reduce), P_e stays local, and the loss is multiplied by
-R: its mean over the ranks is the loss of the global batch, so averaging gradients over the ranks gives the global gradient.
-That makes the batch loss independent of how tokens are split over ranks. It does depend on how they are split over
-micro-batches; the per-sequence loss depends on neither. Losses are fp32 (fp64 for fp64 sums), counts stay integers.
+With a process group, f_e and n are those of the whole group (one all-reduce), P_e stays local, and the loss is
+multiplied by R: its mean over the ranks is the loss of the global batch, so averaging gradients over the ranks gives
+the global gradient. That makes the batch loss independent of how tokens are split over ranks. It does depend on how
+they are split over micro-batches; the per-sequence loss depends on neither. Losses are fp32 (fp64 for fp64 sums),
+counts stay integers.
 """
 
 from __future__ import annotations
@@ -14,6 +16,21 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def tokens_per_sequence(
+    num_tokens: int, valid: Tensor | None, cu_seqlens: Tensor | None, device: torch.device | str | None = None
+) -> Tensor:
+    """int64 `[S]` valid tokens per sequence (S = 1 without `cu_seqlens`), without reading device memory."""
+    if cu_seqlens is None:
+        if valid is None:
+            return torch.full((1,), num_tokens, dtype=torch.int64, device=device)
+        return valid.reshape(-1).sum(dim=0, keepdim=True)
+    bounds = cu_seqlens.to(torch.int64)
+    if valid is not None:
+        before = torch.cat([bounds.new_zeros(1), torch.cumsum(valid.reshape(-1), dim=0)])
+        bounds = before[bounds.clamp(0, num_tokens)]
+    return torch.diff(bounds)
 
 
 def load_balancing_loss(
@@ -42,7 +59,8 @@ def load_balancing_loss(
     """
     if aux_counts_SE.ndim != 2 or aux_counts_SE.shape != score_sum_SE.shape:
         raise ValueError(
-            f"aux_counts and score_sum must both be [S, E], got {tuple(aux_counts_SE.shape)} and {tuple(score_sum_SE.shape)}"
+            "aux_counts and score_sum must both be [S, E], "
+            f"got {tuple(aux_counts_SE.shape)} and {tuple(score_sum_SE.shape)}"
         )
     if per_sequence and history_E is not None:
         raise ValueError("history_E belongs to the global loss; per_sequence needs none")

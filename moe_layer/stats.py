@@ -69,7 +69,9 @@ def read_stats(stats: Sequence[RoutingStats], *, reset: bool = True) -> list[Rou
     if reset:
         for layer in stats:
             layer.packed.zero_()
-    return [make_report(row[: layer.num_experts], row[layer.num_experts :]) for layer, row in zip(stats, rows, strict=True)]
+    return [
+        make_report(row[: layer.num_experts], row[layer.num_experts :]) for layer, row in zip(stats, rows, strict=True)
+    ]
 
 
 def make_report(load_E: Tensor, extra: Tensor | None = None) -> RoutingReport:

@@ -7,9 +7,18 @@ lower token index first, then lower slot, so the same tokens survive everywhere.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Capped(NamedTuple):
+    """ids `[T, K]` with -1 in dropped slots, weights `[T, K]` with 0 there, counts int32 `[E]` of the slots that stay."""
+
+    ids: Tensor
+    weights: Tensor
+    counts: Tensor
 
 
 def expert_capacity(num_tokens: int, top_k: int, num_experts: int, factor: float) -> int:
@@ -20,23 +29,20 @@ def expert_capacity(num_tokens: int, top_k: int, num_experts: int, factor: float
 
 
 def apply_capacity(
-    ids_TK: Tensor, weights_TK: Tensor, num_experts: int, factor: float, policy: str = "probs"
-) -> tuple[Tensor, Tensor]:
+    ids_TK: Tensor, weights_TK: Tensor, num_experts: int, *, capacity: int, policy: str = "probs"
+) -> Capped:
     """Drop the slots of each expert beyond its capacity.
 
     Args:
         ids_TK: integer `[T, K]`, -1 = not routed.
         weights_TK: floating `[T, K]`; gradients pass through the slots that stay.
-        num_experts: E. factor: capacity factor.
+        num_experts: E.
+        capacity: slots an expert accepts, see `expert_capacity`.
         policy: "probs" keeps an expert's highest weights (NaN counts as lowest), "position" its lowest token indices.
-
-    Returns:
-        ids `[T, K]` in the dtype given, weights `[T, K]`.
     """
     if policy not in ("probs", "position"):
         raise ValueError(f"capacity_policy must be probs or position, got {policy!r}")
     num_tokens, top_k = ids_TK.shape
-    capacity = expert_capacity(num_tokens, top_k, num_experts, factor)
     expert_N = torch.where(ids_TK >= 0, ids_TK, num_experts).flatten().to(torch.int64)
     if policy == "probs":
         weight_N = weights_TK.detach().flatten()
@@ -51,4 +57,5 @@ def apply_capacity(
     rank_N = torch.arange(expert_N.numel(), device=ids_TK.device) - first_E[sorted_N]
     keep_N = torch.zeros_like(expert_N, dtype=torch.bool).scatter(0, order_N, rank_N < capacity)
     keep_TK = keep_N.view(num_tokens, top_k) & (ids_TK >= 0)
-    return torch.where(keep_TK, ids_TK, -1), torch.where(keep_TK, weights_TK, 0.0)
+    counts_E = torch.diff(first_E).clamp(max=capacity)
+    return Capped(torch.where(keep_TK, ids_TK, -1), torch.where(keep_TK, weights_TK, 0.0), counts_E.to(torch.int32))

@@ -1,8 +1,8 @@
 """`moe_layer::route_topk`: logits -> top-k expert ids, weights, counts and loss sums, in one functional op.
 
-Letters: T tokens, E experts, K top-k, S sequences. Precision: logits of any floating dtype are widened on load and all
-arithmetic runs in fp32 (fp64 for fp64 logits); weights, scores and sums are returned in that dtype, dense probabilities
-and the gradient of the logits in the logits' own dtype.
+T tokens, E experts, K top-k, S sequences. Precision: logits of any floating dtype are widened on load and all
+arithmetic runs in fp32 (fp64 for fp64 logits); weights, scores and sums are returned in that dtype, dense
+probabilities and the gradient of the logits in the logits' own dtype.
 
 The order of a row: finite experts by descending key, then experts whose key is not finite; equal keys by ascending
 expert id. The readable reference lives in `route_topk_ref.py`; `csrc/router_*.cu` registers CUDA kernels for these two
@@ -22,7 +22,8 @@ from moe_layer.ops import route_topk_ref as ref
 from moe_layer.ops.route_topk_check import check_arguments
 
 NUM_EVENTS = 8
-"""events: rows with a replayed slot, slots replayed, slots missing (-1), duplicates, out of range, non-finite rows, 0, 0."""
+"""Events, over valid rows: rows with a replayed slot, slots replayed, slots missing (-1), duplicates, slots out of
+range, rows with a non-finite logit, 0, 0. The four slot counts add up to K * valid rows when ids are replayed."""
 
 
 class RouteTopk(NamedTuple):
@@ -205,9 +206,7 @@ def _bwd_op(
     d_w_TK = ref.weight_gradient(d_weights, d_probs, ids, x_TE.dtype)
     if d_w_TK is not None and weights_mode == "recorded" and replay_ids is not None:
         d_w_TK = d_w_TK.masked_fill(ref.taken(replay_ids, ids), 0)
-    dx_TE = ref.loss_sums_backward(
-        d_score_sum, d_z, d_scores, x_TE, ids, cu_seqlens, score_function=score_function
-    )
+    dx_TE = ref.loss_sums_backward(d_score_sum, d_z, d_scores, x_TE, ids, cu_seqlens, score_function=score_function)
     dx_TE = ref.weights_backward(
         d_w_TK,
         dx_TE,
@@ -356,10 +355,8 @@ def route_topk(
     if logits.ndim == 2:
         return result
     dense = {
-        name: getattr(result, name).reshape(*lead, -1)
+        name: getattr(result, name).reshape(*lead, getattr(result, name).shape[-1])
         for name, wanted in (("probs", want_probs), ("scores", want_scores), ("map", map_format != "none"))
-        if wanted and num_tokens
+        if wanted
     }
-    return result._replace(
-        weights=result.weights.reshape(*lead, top_k), ids=result.ids.reshape(*lead, top_k), **dense
-    )
+    return result._replace(weights=result.weights.reshape(*lead, top_k), ids=result.ids.reshape(*lead, top_k), **dense)

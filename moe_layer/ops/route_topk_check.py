@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 import torch
+from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -52,13 +51,17 @@ def check_arguments(
     if expert_bias is not None:
         _match("expert_bias", expert_bias, (num_experts,), (torch.float32, logits.dtype), logits)
         if expert_bias.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"expert_bias must be fp32, got {expert_bias.dtype}; keep it in fp32 when you cast the model")
+            raise TypeError(
+                f"expert_bias must be fp32, got {expert_bias.dtype}; keep it in fp32 when you cast the model"
+            )
     if replay_ids is not None:
         _match("replay_ids", replay_ids, (*lead, top_k), INTEGERS, logits)
     if replay_weights is not None:
         _match("replay_weights", replay_weights, (*lead, top_k), FLOATS, logits)
     if names["weights_mode"] != "live" and replay_ids is not None and replay_weights is None:
-        raise ValueError(f"weights_mode {names['weights_mode']!r} needs replay_weights, got None; pass them or use 'live'")
+        raise ValueError(
+            f"weights_mode {names['weights_mode']!r} needs replay_weights, got None; pass them or use 'live'"
+        )
     if valid is not None:
         _match("valid", valid, lead, (torch.bool,), logits)
     if cu_seqlens is not None:
@@ -85,7 +88,9 @@ def check_groups(num_experts: int, *, top_k: int, num_groups: int, group_topk: i
             "raise group_topk or lower top_k"
         )
     if rule == "sum_topk_per_group" and top_k % group_topk:
-        raise ValueError(f"group_rule sum_topk_per_group needs top_k divisible by group_topk, got {top_k} and {group_topk}")
+        raise ValueError(
+            f"group_rule sum_topk_per_group needs top_k divisible by group_topk, got {top_k} and {group_topk}"
+        )
     if rule == "sum_top2" and size < 2:
         raise ValueError(f"group_rule sum_top2 needs at least 2 experts in a group, got {size}; use fewer groups")
 
