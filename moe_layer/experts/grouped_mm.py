@@ -31,7 +31,7 @@ def obstacle(device: torch.device, dtype: torch.dtype, *, hidden_size: int, widt
     multiple = 16 // dtype.itemsize
     if hidden_size % multiple or width % multiple:
         return (
-            f"grouped_mm needs rows of a multiple of 16 bytes, and hidden_size {hidden_size}, intermediate_size {width} "
+            f"grouped_mm needs rows of a multiple of 16 bytes, and hidden_size {hidden_size}, width {width} "
             f"are not both multiples of {multiple} ({dtype}); round them up"
         )
     return None
