@@ -40,6 +40,7 @@ class Routing:
         losses: name -> 0-d fp32, already multiplied by their coefficients (what was attached to `weights_TK`).
         losses_unscaled: name -> 0-d fp32 before coefficients (1.0 = balanced for the aux loss).
         stats: name -> tensor for logs (`events`, `logits`, `dropped`, ...).
+        capacity: rows that every expert is padded to (`router.pad_to_capacity`), else None.
     """
 
     ids_TK: Tensor
@@ -48,6 +49,7 @@ class Routing:
     losses: Mapping[str, Tensor] = field(default_factory=dict)
     losses_unscaled: Mapping[str, Tensor] = field(default_factory=dict)
     stats: Mapping[str, Tensor] = field(default_factory=dict)
+    capacity: int | None = None
 
     @classmethod
     def from_ids(cls, ids: Tensor, weights: Tensor, *, num_experts: int) -> Routing:
@@ -98,6 +100,7 @@ class Routing:
             losses=cut(self.losses),
             losses_unscaled=cut(self.losses_unscaled),
             stats=cut(self.stats),
+            capacity=self.capacity,
         )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
     "moe_layer::attach_losses",
     mutates_args=(),
     schema="(Tensor weights, Tensor? losses, Tensor scale, Tensor? counts, Tensor? tokens_per_expert,"
-    " Tensor? log_values, Tensor? log_sums) -> Tensor",
+    " Tensor? log_values, Tensor? log_sums, Tensor? aux_counts, Tensor? aux_history) -> Tensor",
 )
 def _op(
     weights: Tensor,
@@ -30,6 +30,8 @@ def _op(
     tokens_per_expert: Tensor | None,
     log_values: Tensor | None,
     log_sums: Tensor | None,
+    aux_counts: Tensor | None,
+    aux_history: Tensor | None,
 ) -> Tensor:
     return weights.clone()  # an operator may not return its own input
 
@@ -52,11 +54,15 @@ def _add_counts_fake(counter: Tensor, counts: Tensor) -> None:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _, losses, scale, counts, tokens_per_expert, log_values, log_sums = inputs
+    _, losses, scale, counts, tokens_per_expert, log_values, log_sums, aux_counts, aux_history = inputs
     ctx.set_materialize_grads(False)
     # Plain attributes, not save_for_backward: counters and scale change between this forward and its backward by
     # design, which autograd's version check would report as an error.
-    ctx.scale, ctx.counters = scale, ((tokens_per_expert, counts), (log_sums, log_values))
+    ctx.scale, ctx.counters = scale, (
+        (tokens_per_expert, counts),
+        (log_sums, log_values),
+        (aux_history, aux_counts),
+    )
     ctx.losses_like = None if losses is None else (losses.shape, losses.dtype)
 
 
@@ -68,7 +74,7 @@ def _backward(ctx: Any, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[1]:
         shape, dtype = ctx.losses_like
         d_losses = ctx.scale.to(dtype).expand(shape)
-    return (d_weights, d_losses, None, None, None, None, None)
+    return (d_weights, d_losses, *[None] * 7)
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -83,6 +89,8 @@ def attach_losses(
     *,
     log_values: Tensor | None = None,
     log_sums: Tensor | None = None,
+    aux_counts: Tensor | None = None,
+    aux_history: Tensor | None = None,
 ) -> Tensor:
     """Return `weights_TK`; its backward adds `scale` to each loss's gradient and the counts to the counters, once.
 
@@ -91,7 +99,8 @@ def attach_losses(
         losses: floating `[n]`, each already multiplied by its coefficient; None for none.
         scale: 0-d fp32; gradient given to every loss (loss scaling, accumulation).
         counts: integer `[E]`, added to `tokens_per_expert`, an int64 `[E]` buffer. None counts nothing.
-        log_values: any tensor, added to `log_sums`, a buffer of its shape and dtype kind (sums to log, loss histories).
+        log_values: any tensor, added to `log_sums`, a buffer of its shape and dtype kind (sums to log).
+        aux_counts: integer `[1, E]`, added to `aux_history`, what the `global` auxiliary loss remembers.
 
     Raises:
         ValueError: shapes that do not fit. TypeError: a counter that is not int64, or counts that are not integers.
@@ -112,6 +121,7 @@ def attach_losses(
     for name, counter, values in (
         ("tokens_per_expert", tokens_per_expert, counts),
         ("log_sums", log_sums, log_values),
+        ("aux_history", aux_history, aux_counts),
     ):
         if counter is not None and values is not None and counter.numel() != values.numel():
             raise ValueError(f"{name} has {counter.numel()} entries and what is added to it {values.numel()}")
@@ -119,4 +129,6 @@ def attach_losses(
         return weights_TK
     if log_values is not None:
         log_values = log_values.detach()
-    return torch.ops.moe_layer.attach_losses(weights_TK, losses, scale, counts, tokens_per_expert, log_values, log_sums)
+    return torch.ops.moe_layer.attach_losses(
+        weights_TK, losses, scale, counts, tokens_per_expert, log_values, log_sums, aux_counts, aux_history
+    )

@@ -1,0 +1,208 @@
+"""MoELayer: router, dispatch, experts, combine.
+
+T tokens, D hidden, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from moe_layer.config import MoEConfig, load_config
+from moe_layer.dispatch import Dispatcher, make_dispatcher
+from moe_layer.errors import ConfigError, RoutingError
+from moe_layer.experts import Experts
+from moe_layer.experts.shared import SharedExpert
+from moe_layer.ops.fan_out import fan_out
+from moe_layer.ops.kernels import require_kernels
+from moe_layer.replay.decision import as_decision
+from moe_layer.router import Router
+from moe_layer.types import Routing, RoutingDecision
+
+if TYPE_CHECKING:
+    from moe_layer.parallel.context import ParallelContext
+
+
+class MoELayer(nn.Module):
+    """Mixture-of-experts feed-forward layer.
+
+    Args:
+        config: the layer's configuration (`MoEConfig`, or `load_config("qwen3-30b-a3b")`).
+        device, dtype: of the parameters; `device="meta"` builds without memory, then `to_empty` and `reset_parameters`.
+
+    Raises:
+        ConfigError: `kernels: cuda` without the compiled library.
+    """
+
+    def __init__(
+        self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        if not isinstance(config, MoEConfig):
+            raise ConfigError(f"config must be a MoEConfig, got {type(config).__name__}; use load_config(path)")
+        require_kernels(config.kernels)
+        self.config = config
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.router = Router(config, **where)
+        self.experts = Experts(
+            config.experts, hidden_size=config.hidden_size, num_experts=config.router.num_experts, **where
+        )
+        shared = config.shared_expert
+        self.shared_expert = None if shared is None else SharedExpert(shared, config.hidden_size, **where)
+        self.shared_expert_gate = None
+        if shared is not None and shared.gate:
+            self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False, **where)
+        self.layer_index = 0
+        self.dispatcher: Dispatcher
+        self.bind(None)
+        self.reset_parameters()
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> MoELayer:
+        """Build from a YAML file or preset name; `router__top_k=4` overrides `router.top_k`.
+
+        Raises:
+            ConfigError: every problem of the file at once.
+        """
+        device, dtype = overrides.pop("device", None), overrides.pop("dtype", None)
+        dotted = [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]
+        return cls(load_config(path, dotted, kind=MoEConfig), device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter: normal with `experts.init_std`, biases zero."""
+        if self.router.weight.is_meta:
+            return
+        self.router.reset_parameters()
+        self.experts.reset_parameters()
+        if self.shared_expert is not None:
+            self.shared_expert.reset_parameters(self.config.experts.init_std)
+        if self.shared_expert_gate is not None:
+            nn.init.normal_(self.shared_expert_gate.weight, std=self.config.experts.init_std)
+
+    def bind(self, context: ParallelContext | None, *, layer_index: int = 0) -> None:
+        """Attach the process groups (None: one rank); `moe_layer.parallelize` calls this on every layer."""
+        cfg = self.config
+        self.layer_index = layer_index
+        self.router.context = context
+        self.dispatcher = make_dispatcher(
+            cfg.dispatch,
+            num_experts=cfg.router.num_experts,
+            top_k=cfg.router.top_k,
+            context=context,
+            layer_index=layer_index,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        valid: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        replay: RoutingDecision | Tensor | None = None,
+        return_routing: bool = False,
+    ) -> Tensor | tuple[Tensor, Routing]:
+        """y = sum over a token's experts of weight * expert(x), plus the shared expert.
+
+        Args:
+            x: `[..., D]` floating.
+            valid: bool `[...]`, True for real tokens; the others are neither routed nor counted.
+            cu_seqlens: int32 `[S+1]` sequence boundaries over the flattened tokens (for `losses.aux: sequence`).
+            replay: `RoutingDecision`, or integer ids `[..., K]` / `[T, K]`; -1 slots are routed live.
+            return_routing: also return what the router decided, detached.
+
+        Returns:
+            y `[..., D]` in x's dtype, or `(y, Routing)`. The auxiliary losses are attached to y's graph.
+
+        Raises:
+            RoutingError: shapes, dtypes or devices that do not fit.
+        """
+        self._check_input(x, valid)
+        x_TD = rearrange(x, "... d -> (...) d")
+        valid_T = None if valid is None else valid.reshape(-1)
+        routed_TD, shared_TD, gate_TD = fan_out(x_TD, 3)
+
+        routing = self.router(
+            gate_TD,
+            valid_T=valid_T,
+            cu_seqlens=self._boundaries(x, cu_seqlens),
+            replay=as_decision(replay, x.shape[:-1], self.config.router.top_k, device=x.device),
+        )
+        received = self.dispatcher.dispatch(routed_TD, routing)
+        rows = self.experts(received)
+        y_TD = self.dispatcher.combine(rows, received, add=self._shared(shared_TD))
+
+        y = y_TD.reshape(x.shape)
+        return (y, routing.detach()) if return_routing else y
+
+    def _shared(self, x_TD: Tensor) -> Tensor | None:
+        if self.shared_expert is None:
+            return None
+        y_TD = self.shared_expert(x_TD)
+        if self.shared_expert_gate is None:
+            return y_TD
+        return torch.sigmoid(self.shared_expert_gate(x_TD)) * y_TD
+
+    def _boundaries(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
+        if cu_seqlens is not None or self.config.losses.aux != "sequence":
+            return cu_seqlens
+        if x.ndim != 3:
+            raise RoutingError(
+                f"losses.aux: sequence needs x of shape [B, S, D] or cu_seqlens, got x of shape {tuple(x.shape)}"
+            )
+        return torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device) * x.shape[1]
+
+    def _check_input(self, x: Tensor, valid: Tensor | None) -> None:
+        hidden = self.config.hidden_size
+        if x.ndim < 1 or x.shape[-1] != hidden:
+            raise RoutingError(f"x must be [..., {hidden}] (hidden_size), got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise RoutingError(f"x must be floating, got {x.dtype}; embed token ids first")
+        if x.device != self.router.weight.device:
+            raise RoutingError(f"x is on {x.device} and the layer on {self.router.weight.device}; move one of them")
+        if valid is not None and (valid.dtype != torch.bool or valid.shape != x.shape[:-1]):
+            raise RoutingError(
+                f"valid must be bool {tuple(x.shape[:-1])} (True = real token), got {valid.dtype} {tuple(valid.shape)}"
+            )
+
+    # ---- step hooks -------------------------------------------------------------------------------------------------
+
+    def set_loss_scale(self, scale: Tensor | float) -> None:
+        """Factor on the attached losses' gradients (AMP loss scale, 1 / accumulation steps); stays on the device."""
+        with torch.no_grad():
+            self.router.loss_scale.copy_(torch.as_tensor(scale))
+
+    def update_bias(self) -> None:
+        """Step `expert_bias` by the load since the last call (all ranks together). No-op without a bias, in eval, frozen."""
+        self.router.update_bias()
+
+    def collect_stats(self) -> dict[str, Tensor]:
+        """Device tensors accumulated by the backward passes since the last call; see `Router.collect_stats`."""
+        return self.router.collect_stats()
+
+    def check(self) -> None:
+        """Raise what device code could only report: call it before `optimizer.step()`. Synchronises.
+
+        Raises:
+            RoutingError, CapacityError, DispatchTimeout.
+        """
+        self.router.check()
+        self.dispatcher.check()
+
+    def warmup(self, num_tokens: int = 128) -> None:
+        """Load and compile every kernel for this layer by one throw-away forward pass."""
+        weight = self.router.weight
+        with torch.no_grad():
+            self(torch.zeros(num_tokens, self.config.hidden_size, dtype=weight.dtype, device=weight.device))
+
+    # ---- copies: process groups and workspaces stay behind ----------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "dispatcher"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.bind(None, layer_index=self.layer_index)

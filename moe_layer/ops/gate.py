@@ -1,0 +1,53 @@
+"""Gate GEMM: logits_TE = x_TD @ weight.T (+ bias), with the dtype of each stage chosen by `gate_dtype`.
+
+Precision notes
+    fp32_out: operands in the input's dtype, fp32 accumulation and output. CUDA uses the GEMM's own fp32 output; elsewhere the
+        operands are cast. The backward rounds dlogits to the operands' dtype, as a bf16 linear would.
+    fp32: operands cast to fp32.
+    input: a plain linear in the input's dtype.
+    fp32 and fp64 inputs are computed as they are under all three.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _Fp32OutLinear(torch.autograd.Function):
+    """x @ w.T from half-precision operands into fp32; both gradients are half-precision GEMMs."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight)
+        return torch.mm(x_TD, weight.t(), out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x_TD, weight = ctx.saved_tensors
+        dlogits_TE = grads[0].to(x_TD.dtype)
+        return dlogits_TE @ weight, dlogits_TE.t() @ x_TD
+
+
+def gate_logits(x_TD: Tensor, weight: Tensor, bias: Tensor | None, *, gate_dtype: str) -> Tensor:
+    """Router logits.
+
+    Args:
+        x_TD: `[T, D]` floating. weight: `[E, D]`. bias: `[E]` or None.
+        gate_dtype: `fp32_out | fp32 | input`.
+
+    Returns:
+        `[T, E]`: fp32 for half-precision inputs unless `input`, else x's dtype.
+    """
+    with torch.autocast(x_TD.device.type, enabled=False):
+        if gate_dtype == "input" or x_TD.dtype in (torch.float32, torch.float64):
+            weight = weight.to(x_TD.dtype)
+            return F.linear(x_TD, weight, None if bias is None else bias.to(x_TD.dtype))
+        if gate_dtype == "fp32_out" and x_TD.is_cuda:
+            logits_TE = _Fp32OutLinear.apply(x_TD, weight.to(x_TD.dtype))
+        else:
+            logits_TE = F.linear(x_TD.float(), weight.float())
+        return logits_TE if bias is None else logits_TE + bias.float()

@@ -1,0 +1,299 @@
+"""The router module: gate GEMM, top-k selection, capacity, losses.
+
+Precision: the gate's operands and output follow `router.gate_dtype`; everything after the logits is fp32 (fp64 for fp64
+inputs). `expert_bias` and all counters stay fp32/int64 whatever `.to()` says (98% of tokens change experts when a trained
+bias is rounded to bf16).
+
+T tokens, D hidden, E experts, K top-k, S sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_layer import losses
+from moe_layer.balance import update_expert_bias
+from moe_layer.config.model import MoEConfig
+from moe_layer.errors import RoutingError
+from moe_layer.ops.attach_losses import attach_losses
+from moe_layer.ops.capacity import apply_capacity, expert_capacity
+from moe_layer.ops.gate import gate_logits
+from moe_layer.ops.route_topk import RouteTopk, route_topk
+from moe_layer.ops.uniform import uniform_ids
+from moe_layer.stats import EVENT_NAMES
+from moe_layer.types import Routing, RoutingDecision
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+    from moe_layer.parallel.context import ParallelContext
+
+LOG_NAMES = ("aux", "z", "micro_batches", "tokens", "dropped", *EVENT_NAMES)
+"""What `collect_stats` sums over the backward passes: unscaled losses, passes, valid tokens, dropped slots, events."""
+_FP32_BUFFERS = ("expert_bias", "loss_scale", "log_sums")
+
+
+class Router(nn.Module):
+    """Chooses K of E experts for each token.
+
+    Parameters: `weight [E, D]`, optional `bias [E]`. Buffers: `expert_bias [E]` fp32 (selection only, saved);
+    `tokens_per_expert [E]` int64, which grows in the backward of `attach_losses` only, so that it is right under every kind of
+    recompute; `loss_scale` 0-d fp32, set by the trainer.
+    """
+
+    expert_bias: Tensor | None
+    tokens_per_expert: Tensor
+    balanced_until: Tensor
+    logged_until: Tensor
+    aux_history: Tensor
+    loss_scale: Tensor
+    log_sums: Tensor
+    faults: Tensor
+
+    def __init__(
+        self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.context: ParallelContext | None = None
+        num_experts = config.router.num_experts
+        self.weight = nn.Parameter(torch.empty(num_experts, config.hidden_size, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if config.router.linear_bias else None
+        has_bias = config.router.expert_bias
+        self.register_buffer("expert_bias", torch.zeros(num_experts, device=device, dtype=torch.float32) if has_bias else None)
+        for name in ("tokens_per_expert", "balanced_until", "logged_until", "aux_history"):
+            self.register_buffer(name, torch.zeros(num_experts, device=device, dtype=torch.int64), persistent=False)
+        self.register_buffer("loss_scale", torch.ones((), device=device, dtype=torch.float32), persistent=False)
+        self.register_buffer("log_sums", torch.zeros(len(LOG_NAMES), device=device, dtype=torch.float32), persistent=False)
+        self.register_buffer("faults", torch.zeros(len(EVENT_NAMES), device=device, dtype=torch.int64), persistent=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Normal(0, experts.init_std) weights, zero biases and counters."""
+        if self.weight.is_meta:
+            return
+        nn.init.normal_(self.weight, std=self.config.experts.init_std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        for buffer in self.buffers():
+            buffer.zero_()
+        self.loss_scale.fill_(1.0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        before = {name: getattr(self, name) for name in _FP32_BUFFERS if getattr(self, name) is not None}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new.dtype != old.dtype:
+                setattr(self, name, old.to(new.device))
+        return self
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        *,
+        valid_T: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        replay: RoutingDecision | None = None,
+    ) -> Routing:
+        """Route T tokens.
+
+        Args:
+            x_TD: `[T, D]` floating.
+            valid_T: bool `[T]`, True for real tokens; the others get id -1 and count nowhere.
+            cu_seqlens: int32 `[S+1]` from 0 to T, boundaries of the sequences for `losses.aux: sequence`.
+            replay: decision with ids `[T, K]`; missing slots are routed live.
+
+        Returns:
+            Routing whose `weights_TK` carry the gradient of the auxiliary losses (while training with grad enabled).
+
+        Raises:
+            RoutingError: non-finite logits, missing or duplicate ids under a `raise` policy, ids out of range (at once on
+                CPU; by `check()` on CUDA and under torch.compile).
+        """
+        logits_TE = self.logits(x_TD)
+        attaches = self.training and torch.is_grad_enabled()
+        routed = self._route(logits_TE, valid_T, cu_seqlens, replay, attaches=attaches)
+        self._report(routed.events, replay)
+        ids_TK, weights_TK, counts_E, capacity = self._capacity(routed)
+        dropped = routed.counts.sum() - counts_E.sum()
+        unscaled, scaled = {}, {}
+        if attaches:
+            boundaries = cu_seqlens if self.config.losses.aux == "sequence" else None
+            num_valid_S = losses.tokens_per_sequence(x_TD.shape[0], valid_T, boundaries, x_TD.device)
+            unscaled, scaled = self._losses(routed, num_valid_S)
+            weights_TK = attach_losses(
+                weights_TK,
+                torch.stack(list(scaled.values())) if scaled else None,
+                self.loss_scale,
+                counts_E,
+                self.tokens_per_expert,
+                aux_counts=routed.aux_counts if self.config.losses.aux == "global" else None,
+                aux_history=self.aux_history,
+                log_values=_log_values(unscaled, num_valid_S, dropped, routed.events),
+                log_sums=self.log_sums,
+            )
+        return Routing(
+            ids_TK=ids_TK,
+            weights_TK=weights_TK,
+            counts_E=counts_E,
+            losses=scaled,
+            losses_unscaled=unscaled,
+            stats={"events": routed.events, "logits": logits_TE, "dropped": dropped},
+            capacity=capacity,
+        )
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """Gate GEMM with the configured dtypes: `[T, E]`. Jitter uses torch's generator, while training only."""
+        cfg = self.config.router
+        if cfg.jitter_eps > 0.0 and self.training:
+            x_TD = x_TD * torch.empty_like(x_TD).uniform_(1.0 - cfg.jitter_eps, 1.0 + cfg.jitter_eps)
+        return gate_logits(x_TD, self.weight, self.bias, gate_dtype=cfg.gate_dtype)
+
+    def _route(
+        self,
+        logits_TE: Tensor,
+        valid_T: Tensor | None,
+        cu_seqlens: Tensor | None,
+        replay: RoutingDecision | None,
+        *,
+        attaches: bool,
+    ) -> RouteTopk:
+        cfg, loss_cfg, mode = self.config.router, self.config.losses, self.config.replay.weights
+        if replay is not None and replay.weights is None and mode != "live":
+            raise RoutingError(
+                f"replay.weights is {mode}, which needs recorded weights; "
+                "pass RoutingDecision(ids, weights=...) or set replay.weights: live"
+            )
+        if replay is None and cfg.force_uniform:
+            ids_TK = uniform_ids(logits_TE.shape[0], cfg.top_k, cfg.num_experts, device=logits_TE.device)
+            replay, mode = RoutingDecision(ids=ids_TK), "live"
+        return route_topk(
+            logits_TE,
+            self.expert_bias,
+            top_k=cfg.top_k,
+            score_function=cfg.score_function,
+            softmax_order=cfg.softmax_order,
+            renormalize=cfg.renormalize,
+            scaling_factor=cfg.scaling_factor,
+            num_groups=cfg.num_groups or 0,
+            group_topk=cfg.group_topk or 0,
+            group_rule=cfg.group_rule,
+            replay_ids=None if replay is None else replay.ids,
+            replay_weights=None if replay is None or mode == "live" else replay.weights,
+            weights_mode="live" if replay is None else mode,
+            valid=valid_T,
+            cu_seqlens=cu_seqlens if loss_cfg.aux == "sequence" else None,
+            aux_counts=loss_cfg.counts if attaches and loss_cfg.aux != "none" else "none",
+            want_z=attaches and loss_cfg.z_coeff > 0.0,
+        )
+
+    def _capacity(self, routed: RouteTopk) -> tuple[Tensor, Tensor, Tensor, int | None]:
+        """ids, weights and counts after the capacity factor, and the rows every expert is padded to."""
+        cfg = self.config.router
+        if cfg.capacity_factor is None:
+            return routed.ids, routed.weights, routed.counts, None
+        capacity = expert_capacity(routed.ids.shape[0], cfg.top_k, cfg.num_experts, cfg.capacity_factor)
+        kept = apply_capacity(
+            routed.ids, routed.weights, cfg.num_experts, capacity=capacity, policy=cfg.capacity_policy
+        )
+        return kept.ids, kept.weights, kept.counts, capacity if cfg.pad_to_capacity else None
+
+    def _losses(self, routed: RouteTopk, num_valid_S: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Unscaled losses, and the same times their coefficients."""
+        cfg = self.config.losses
+        unscaled: dict[str, Tensor] = {}
+        if cfg.aux != "none":
+            unscaled["aux"] = losses.load_balancing_loss(
+                routed.aux_counts,
+                routed.score_sum,
+                top_k=self.config.router.top_k,
+                num_tokens=num_valid_S,
+                per_sequence=cfg.aux == "sequence",
+                history_E=self.aux_history if cfg.aux == "global" else None,
+                group=self._data_group if cfg.aux_group == "data" else None,
+            )
+        if cfg.z_coeff > 0.0:
+            unscaled["z"] = losses.z_loss(routed.z_sum, num_valid_S, group=self._data_group)
+        coefficients = {"aux": cfg.aux_coeff, "z": cfg.z_coeff}
+        return unscaled, {name: value * coefficients[name] for name, value in unscaled.items()}
+
+    @property
+    def _data_group(self) -> dist.ProcessGroup | None:
+        return None if self.context is None else self.context.data_group
+
+    def _report(self, events: Tensor, replay: RoutingDecision | None) -> None:
+        """Raise on policy violations: at once where that costs no synchronisation, else remember them for `check`."""
+        names = ["out_of_range"] if replay is not None else []
+        policy = self.config.replay
+        if replay is not None and policy.on_missing == "raise":
+            names.append("slots_missing")
+        if replay is not None and policy.on_duplicate == "raise":
+            names.append("duplicates")
+        if self.config.router.nonfinite == "raise":
+            names.append("nonfinite_rows")
+        if not names:
+            return
+        for name in names:
+            self.faults[EVENT_NAMES.index(name)] += events[EVENT_NAMES.index(name)]
+        if not events.is_cuda and not torch.compiler.is_compiling():
+            self.check()
+
+    def check(self) -> None:
+        """Raise what the routing op counted against a `raise` policy since the last check. Synchronises on CUDA.
+
+        Raises:
+            RoutingError: names the finding, how often, and the key that tolerates it.
+        """
+        found = {name: count for name, count in zip(EVENT_NAMES, self.faults.tolist(), strict=True) if count}
+        self.faults.zero_()
+        sentences = {
+            "out_of_range": "replay ids outside [0, {experts}); ids must be expert indices, or -1 for a missing slot",
+            "slots_missing": "replay slots are -1; record them, or set replay.on_missing: live",
+            "duplicates": "replay slots repeat an expert of their row; repair the trace, or set replay.on_duplicate: refill",
+            "nonfinite_rows": "rows have NaN or infinite router logits; find their source, or set router.nonfinite: count",
+        }
+        if found:
+            experts = self.config.router.num_experts
+            raise RoutingError("; ".join(f"{n} {sentences[name].format(experts=experts)}" for name, n in found.items()))
+
+    @torch.no_grad()
+    def update_bias(self) -> None:
+        """End of an optimiser step: move `expert_bias` by the load since the last call, forget the `global` loss's history.
+
+        The bias stays as it is in evaluation mode.
+        """
+        self.aux_history.zero_()
+        if self.expert_bias is None or not self.training:
+            return
+        cfg = self.config.balance
+        load_E = self.tokens_per_expert - self.balanced_until
+        self.balanced_until.copy_(self.tokens_per_expert)
+        update_expert_bias(self.expert_bias, load_E, cfg.bias_update_rate, cfg.zero_mean, self._data_group)
+
+    @torch.no_grad()
+    def collect_stats(self) -> dict[str, Tensor]:
+        """Sums over this rank's backward passes since the last call, as device tensors.
+
+        Returns:
+            `load` int64 [E]; and 0-d fp32 for each of LOG_NAMES: `aux`, `z` (unscaled, divide by `micro_batches`), `tokens`,
+            `dropped`, and `route_topk`'s events.
+        """
+        stats = dict(zip(LOG_NAMES, self.log_sums.clone().unbind(), strict=True))
+        stats["load"] = self.tokens_per_expert - self.logged_until
+        self.logged_until.copy_(self.tokens_per_expert)
+        self.log_sums.zero_()
+        return stats
+
+
+def _log_values(unscaled: dict[str, Tensor], num_valid_S: Tensor, dropped: Tensor, events: Tensor) -> Tensor:
+    """fp32 vector in the order of LOG_NAMES."""
+    zero = torch.zeros((), device=events.device)
+    head = [unscaled.get("aux", zero), unscaled.get("z", zero), zero + 1, num_valid_S.sum(), dropped]
+    first = torch.stack([value.detach().to(torch.float32) for value in head])
+    return torch.cat((first, events[: len(EVENT_NAMES)].to(torch.float32)))
