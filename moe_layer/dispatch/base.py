@@ -43,6 +43,10 @@ class Dispatcher(Protocol):
         """`combine_send` and `combine_recv` in a row."""
         ...
 
+    def check(self) -> None:
+        """Raise what was found on the device after the call that caused it returned. Synchronises."""
+        ...
+
 
 def wire_dtype(config: DispatchConfig, dtype: torch.dtype) -> torch.dtype:
     """Dtype in which pre-reduced rows travel home."""
