@@ -65,8 +65,7 @@ def train_flops_per_token(config: TrainConfig, *, vocab: int) -> float:
     head_dim = hidden // model.num_heads
     kv_width = (model.num_kv_heads or model.num_heads) * head_dim
     attention = 2.0 * hidden * (2 * hidden + 2 * kv_width) + 4.0 * hidden * config.data.sequence_length
-    dense_width = model.dense_intermediate_size or config.moe.router.top_k * config.moe.experts.intermediate_size
     forward = model.num_layers * attention + 2.0 * hidden * vocab
-    forward += model.dense_layers * 6.0 * hidden * dense_width
+    forward += model.dense_layers * 6.0 * hidden * (model.dense_intermediate_size or 0)
     forward += (model.num_layers - model.dense_layers) * moe_flops_per_token(config.moe)
     return 3.0 * forward

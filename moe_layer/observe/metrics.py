@@ -77,7 +77,7 @@ def format_line(step: int, steps: int, values: Mapping[str, float | None]) -> st
 
 def short_number(value: float) -> str:
     """41234 -> 41k."""
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             scaled = value / limit
             return f"{scaled:.1f}{unit}" if scaled < 10 else f"{scaled:.0f}{unit}"

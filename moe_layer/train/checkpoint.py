@@ -16,7 +16,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,8 +88,9 @@ def save(
         (work / "local").mkdir(parents=True)
     _barrier(layout)
     state = {name: _at_least_1d(tensor) for name, tensor in shared.items()}
-    writer = HuggingFaceStorageWriter(str(work), save_distributed=True)
-    dcp.save(state, storage_writer=writer, no_dist=layout.world == 1)
+    with _quiet():
+        writer = HuggingFaceStorageWriter(str(work), save_distributed=True)
+        dcp.save(state, storage_writer=writer, no_dist=layout.world == 1)
     save_file({k: v.detach().cpu().contiguous() for k, v in local.items()}, _local_file(work, rank))
     _barrier(layout)
     if rank == 0:
@@ -167,7 +170,8 @@ def load(path: Path, shared: Mapping[str, Tensor], *, layout: Layout) -> tuple[M
     state = {name: _at_least_1d(tensor) for name, tensor in shared.items()}
     try:
         _check_names(path, state)
-        dcp.load(state, storage_reader=reader, no_dist=layout.world == 1)
+        with _quiet():
+            dcp.load(state, storage_reader=reader, no_dist=layout.world == 1)
         local = None
         if manifest.layout == layout:
             rank = dist.get_rank() if layout.world > 1 else 0
@@ -264,6 +268,14 @@ def _others(path: Path) -> str:
 
 def _names(paths: list[Path]) -> str:
     return ", ".join(str(path) for path in paths) or "none"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without DCP's warning that a single process saves in a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
 
 
 def _barrier(layout: Layout) -> None:

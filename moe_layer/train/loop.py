@@ -94,7 +94,7 @@ class Trainer:
         stats = [layer.collect_stats() for layer in self.layers]
         packed = [self._loss.reshape(1)]
         for layer_stats in stats:
-            packed.append(layer_stats["tokens_per_expert"].double())
+            packed.append(layer_stats["load"].double())
             packed.append(torch.stack([layer_stats[name].double() for name in LOG_NAMES]))
         flat = self.world.sum(torch.cat([p.reshape(-1) for p in packed]))
         values = torch.cat([flat, self._norm.double().reshape(1)]).tolist()
@@ -161,7 +161,7 @@ class Trainer:
             "loss/aux": sum(log["aux"] for log in logs) / calls,
             "loss/z": sum(log["z"] for log in logs) / calls,
             "moe/dropped": sum(log["dropped"] for log in logs) / slots,
-            "moe/nonfinite_rows": sum(log["nonfinite"] for log in logs),
+            "moe/nonfinite_rows": sum(log["nonfinite_rows"] for log in logs),
             **load_metrics(counts),
             "moe/counts": counts,
         }

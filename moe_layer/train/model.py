@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_layer.config.model import MoEConfig
 from moe_layer.config.train import ModelConfig
-from moe_layer.errors import ConfigError
 from moe_layer.layer import MoELayer
 from moe_layer.train.data import VOCAB
 from moe_layer.types import Routing
@@ -82,7 +81,8 @@ class Block(nn.Module):
         if self.is_moe:
             self.mlp: nn.Module = MoELayer(moe, device=device, dtype=dtype)
         else:
-            self.mlp = DenseMLP(width, _dense_width(config, moe), device=device, dtype=dtype)
+            assert config.dense_intermediate_size is not None  # rules.model insists
+            self.mlp = DenseMLP(width, config.dense_intermediate_size, device=device, dtype=dtype)
 
     def forward(
         self, x_BSD: Tensor, cos: Tensor, sin: Tensor, return_routing: bool = False
@@ -96,11 +96,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Byte-level language model.
-
-    Raises:
-        ConfigError: hidden size, heads or dense layers that do not fit together.
-    """
+    """Byte-level language model; `TrainConfig` has checked that the sizes fit."""
 
     def __init__(
         self,
@@ -112,7 +108,6 @@ class Decoder(nn.Module):
         activation_checkpointing: str = "none",
     ) -> None:
         super().__init__()
-        _check_model(config, moe)
         self.config = config
         self.recompute = activation_checkpointing
         self.embedding = nn.Embedding(VOCAB, moe.hidden_size, device=device, dtype=dtype)
@@ -183,26 +178,3 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the two halves of the head dimension against each other."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-def _dense_width(config: ModelConfig, moe: MoEConfig) -> int:
-    return config.dense_intermediate_size or moe.router.top_k * moe.experts.intermediate_size
-
-
-def _check_model(config: ModelConfig, moe: MoEConfig) -> None:
-    kv_heads = config.num_kv_heads or config.num_heads
-    problems = []
-    if moe.hidden_size % (2 * config.num_heads):
-        problems.append(
-            f"moe.hidden_size ({moe.hidden_size}) must be divisible by twice model.num_heads ({config.num_heads}) "
-            "for the rotary embedding; change one of them"
-        )
-    if config.num_heads % kv_heads:
-        problems.append(f"model.num_heads ({config.num_heads}) must be a multiple of model.num_kv_heads ({kv_heads})")
-    if not 0 <= config.dense_layers < config.num_layers:
-        problems.append(
-            f"model.dense_layers ({config.dense_layers}) must be below model.num_layers ({config.num_layers}): "
-            "at least one block needs the MoE layer"
-        )
-    if problems:
-        raise ConfigError(problems)

@@ -75,10 +75,6 @@ def plan_layout(config: TrainConfig) -> Layout:
         )
     elif dp is not None and dp * ep != world:
         problems.append(f"parallel.dp ({dp}) times parallel.ep ({ep}) must be the number of ranks ({world}); leave dp out")
-    experts = config.moe.router.num_experts
-    if experts % ep:
-        fits = [str(n) for n in range(1, ep + 1) if experts % n == 0]
-        problems.append(f"moe.router.num_experts ({experts}) must be divisible by parallel.ep ({ep}); try {', '.join(fits)}")
     loop = config.train
     if loop.global_batch % (loop.micro_batch * world):
         share = max(1, loop.global_batch // world)

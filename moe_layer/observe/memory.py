@@ -1,0 +1,104 @@
+"""Memory of a training step from the configuration alone: what each tensor kept for backward costs.
+
+T tokens of a micro-batch, D hidden, E experts, K top-k, F expert width, V vocabulary, b bytes per element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from moe_layer.config.model import MoEConfig
+from moe_layer.config.train import TrainConfig
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one rank, balanced routing assumed.
+
+    Attributes:
+        weights: parameters and buffers. gradients, optimizer: one and two tensors per parameter.
+        activations: kept by autograd for one micro-batch's backward. temporary: the largest working set beside them.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        """Everything at once: the peak of a step with gradient accumulation, a little above it without."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.temporary
+
+
+def estimate_memory(config: TrainConfig, model: nn.Module, *, vocab: int) -> MemoryEstimate:
+    """Estimate for one rank.
+
+    Args:
+        model: the whole (unsharded) decoder, on meta.
+    """
+    share = 1 / config.parallel.ep
+    trained = sum(
+        round(p.numel() * p.element_size() * (share if ".experts." in name else 1)) for name, p in model.named_parameters()
+    )
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    width = 2 if config.train.dtype == "bf16" else 4
+    tokens = config.train.micro_batch * config.data.sequence_length
+    block = sum(_block_bytes(config, tokens, width).values())
+    dense = sum(_dense_block_bytes(config, tokens, width).values())
+    dense_layers = config.model.dense_layers
+    moe_layers = config.model.num_layers - dense_layers
+    stream = tokens * config.moe.hidden_size * width
+    head = 2 * stream + 4 * tokens + tokens * vocab * 4 + tokens * 9
+    temporary = tokens * vocab * (4 if width == 4 else 4 + width)
+    if config.train.activation_checkpointing == "none":
+        kept = moe_layers * block + dense_layers * dense
+    else:  # each block keeps its input; one block at a time is recomputed in full
+        kept = config.model.num_layers * stream + max(block if moe_layers else 0, dense if dense_layers else 0)
+    return MemoryEstimate(
+        weights=trained + buffers, gradients=trained, optimizer=2 * trained, activations=kept + head, temporary=temporary
+    )
+
+
+def _attention_bytes(config: TrainConfig, tokens: int, b: int) -> Mapping[str, int]:
+    hidden, heads = config.moe.hidden_size, config.model.num_heads
+    kv_width = hidden // heads * (config.model.num_kv_heads or heads)
+    return {
+        "residual stream into both norms": 2 * tokens * (hidden * b + 4),
+        "both norms' outputs": 2 * tokens * hidden * b,
+        "q, k, v": tokens * (hidden + 2 * kv_width) * b,
+        "attention output and log-sum-exp": tokens * (hidden * b + heads * 4),
+    }
+
+
+def _block_bytes(config: TrainConfig, tokens: int, b: int) -> Mapping[str, int]:
+    return {**_attention_bytes(config, tokens, b), **moe_bytes(config.moe, tokens, b)}
+
+
+def _dense_block_bytes(config: TrainConfig, tokens: int, b: int) -> Mapping[str, int]:
+    wide = tokens * (config.model.dense_intermediate_size or 0) * b
+    # gate and up share one tensor; silu(gate) and the product are two more
+    return {**_attention_bytes(config, tokens, b), "dense gate, up, activation": 4 * wide}
+
+
+def moe_bytes(config: MoEConfig, tokens: int, b: int) -> Mapping[str, int]:
+    """What one MoE layer keeps for backward, beyond its input: name -> bytes."""
+    hidden, width = config.hidden_size, config.experts.intermediate_size
+    slots = tokens * config.router.top_k
+    kept = {
+        "router logits": tokens * config.router.num_experts * (b if config.router.gate_dtype == "input" else 4),
+        "routing maps": 32 * slots,
+    }
+    if config.dispatch.rows == "expert_major":
+        kept["dispatched rows"] = slots * hidden * b
+    if config.experts.recompute == "none":
+        kept["experts' gate and up"] = 2 * slots * width * b
+    if config.dispatch.apply_probs != "activation":
+        kept["experts' outputs"] = slots * hidden * b
+    if config.shared_expert is not None:
+        kept["shared expert"] = 4 * tokens * config.shared_expert.intermediate_size * b
+    return kept
