@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from hf_blocks import FAMILIES, HfBlock, hf_block, hf_model
+from tests.unit.hf_blocks import FAMILIES, HfBlock, hf_block, hf_model
 
 from moe_layer.checkpoint import (
     BlockMapping,
