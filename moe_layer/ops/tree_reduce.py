@@ -189,9 +189,10 @@ def _sum_present(rows_ND: Tensor, row_P: Tensor, length_Q: Tensor) -> Tensor:
 
 def _embedding_sum(rows_ND: Tensor, row_P: Tensor, length_Q: Tensor) -> Tensor:
     # embedding_bag adds a bag's rows one after the other from zero, without temporaries: 5x faster on a CPU than
-    # gather and add. Entries past the last offset (absent ones) are not read.
+    # gather and add. Entries past the last offset (absent ones) fall into one bag more, which is cut off: with
+    # include_last_offset the fp64 and CUDA kernels would add them to the last token.
     offset_Q1 = torch.nn.functional.pad(length_Q.cumsum(0), (1, 0)).to(row_P.dtype)
-    return torch.embedding_bag(rows_ND, row_P, offset_Q1, False, 0, False, None, True)[0]
+    return torch.embedding_bag(rows_ND, row_P, offset_Q1, False, 0, False, None, False)[0][:-1]
 
 
 @torch.library.custom_op("moe_layer::tree_reduce_bwd", mutates_args=())
