@@ -178,7 +178,17 @@ def link(toolkit: Toolkit, objects: list[Path], build_dir: Path, output: Path) -
     for name in ("torch_cpu", "torch_cuda"):
         stub = stubs / f"lib{name}.so"
         if not stub.exists():
-            command = ["g++", "-shared", "-nostdlib", f"-Wl,-soname,lib{name}.so", "-x", "c", "/dev/null", "-o", str(stub)]
+            command = [
+                "g++",
+                "-shared",
+                "-nostdlib",
+                f"-Wl,-soname,lib{name}.so",
+                "-x",
+                "c",
+                "/dev/null",
+                "-o",
+                str(stub),
+            ]
             _run(command, f"stub of lib{name}.so")
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_suffix(f".{os.getpid()}.tmp")  # rename at the end: a running process keeps its mapping whole
@@ -235,10 +245,16 @@ def build(output: Path, *, cross: bool = False, jobs: int | None = None) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "moe_layer/_C.abi3.so")
-    parser.add_argument("--cross", action="store_true", help="also with a CPU build of torch: the result is for a GPU machine")
-    parser.add_argument("--jobs", type=int, default=None, help="parallel compilations (default: $MAX_JOBS, else all cores)")
+    parser.add_argument(
+        "--cross", action="store_true", help="also with a CPU build of torch: the result is for a GPU machine"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=None, help="parallel compilations (default: $MAX_JOBS, else all cores)"
+    )
     parser.add_argument("--if-needed", action="store_true", help="keep a library that is up to date, whoever built it")
-    parser.add_argument("--why-not", action="store_true", help="build nothing; exit 1 and print why nothing can be built here")
+    parser.add_argument(
+        "--why-not", action="store_true", help="build nothing; exit 1 and print why nothing can be built here"
+    )
     args = parser.parse_args()
     if args.why_not:
         try:

@@ -19,7 +19,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 # What libtorch_cuda.so adds to the shim; everything else must be in libtorch_cpu.so.
-CUDA_SHIM = re.compile(r"aoti_torch_(get_current_cuda_stream|cuda_caching_allocator_\w+|\w*cuda_(stream_)?guard\w*)|torch_c10_cuda_\w+")
+CUDA_SHIM = re.compile(
+    r"aoti_torch_(get_current_cuda_stream|cuda_caching_allocator_\w+|\w*cuda_(stream_)?guard\w*)|torch_c10_cuda_\w+"
+)
 
 
 def symbols(library: Path, kind: str) -> set[str]:
@@ -31,7 +33,9 @@ def load_stub(names: set[str]) -> None:
     folder = Path(tempfile.mkdtemp())
     source, stub = folder / "stub.c", folder / "libtorch_cuda.so"
     source.write_text("".join(f"int {name}(void) {{ return 1; }}\n" for name in sorted(names)) or "int moe_stub;\n")
-    subprocess.run(["gcc", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", str(source), "-o", str(stub)], check=True)
+    subprocess.run(
+        ["gcc", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", str(source), "-o", str(stub)], check=True
+    )
     ctypes.CDLL(str(stub), mode=ctypes.RTLD_GLOBAL)
     sys.path.insert(0, str(ROOT / "csrc"))
     build = importlib.import_module("build")

@@ -33,7 +33,10 @@ def report() -> str:
         ("nvcc", _nvcc()),
         ("extension", extension()),
         ("distributed", _distributed()),
-        *((name, optional(name)) for name in ("numpy", "einops", "safetensors", "triton", "rich", "tensorboard", "matplotlib")),
+        *(
+            (name, optional(name))
+            for name in ("numpy", "einops", "safetensors", "triton", "rich", "tensorboard", "matplotlib")
+        ),
         *((name, optional(name)) for name in ("transformers", "megatron-core", "quack-kernels", "transformer-engine")),
         ("apex", apex()),
     ]

@@ -1,0 +1,106 @@
+"""ops/_ext.py: the status texts, without a GPU and without a library that would load."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_layer.ops import _ext
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """`status()` answers once a process; each test asks anew, and the true answer is back afterwards."""
+    monkeypatch.setattr(_ext, "status", _ext.status.__wrapped__)
+    monkeypatch.delenv("MOE_LAYER_CUDA", raising=False)
+    return monkeypatch
+
+
+def fake_library(folder: Path, sources: str, archs: str = "90a") -> Path:
+    text = f"torch_headers=2.13.0;cuda=13000;archs={archs};version=0.1.0;sources={sources}"
+    path = folder / "_C.abi3.so"
+    path.write_bytes(b"\x7fELF" + b"\0" * 60 + text.encode() + b"\0rest")
+    return path
+
+
+def test_cpu_build(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setattr(torch.version, "cuda", None)
+    status = _ext.status()
+    assert status.state == "missing" and not status.loaded
+    assert status.reason == f"torch {torch.__version__} is not a CUDA build"
+    assert "using the PyTorch reference. Rebuild with: MOE_LAYER_CUDA=1 pip install" in status.sentence()
+
+
+def test_switched_off(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setenv("MOE_LAYER_CUDA", "0")
+    assert _ext.status().reason == "MOE_LAYER_CUDA=0 is set"
+
+
+def test_not_built(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fresh.setattr(torch.version, "cuda", "13.0")
+    fresh.setattr(_ext, "PACKAGE", tmp_path)
+    status = _ext.status()
+    assert status.state == "missing"
+    assert status.reason == f"{tmp_path / '_C.abi3.so'} does not exist, the extension was not built"
+
+
+def test_stale_library_is_refused(tmp_path: Path) -> None:
+    status = _ext.load_library(fake_library(tmp_path, "0123456789ab"), csrc=ROOT / "csrc")
+    assert status.state == "failed"
+    assert "was built from csrc 0123456789ab but csrc is now " in status.reason
+
+
+def test_damaged_library(tmp_path: Path) -> None:
+    sources = _ext.source_hash(ROOT / "csrc")
+    assert sources is not None
+    status = _ext.load_library(fake_library(tmp_path, sources), csrc=ROOT / "csrc")
+    assert status.state == "failed" and "cannot be loaded" in status.reason
+    (tmp_path / "_C.abi3.so").write_bytes(b"not a library")
+    status = _ext.load_library(tmp_path / "_C.abi3.so", csrc=ROOT / "csrc")
+    assert "it has no build information; it was not built by csrc/build.py" in status.reason
+
+
+def test_builder_and_loader_hash_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "csrc"))
+    monkeypatch.delitem(sys.modules, "build", raising=False)
+    build = __import__("build")
+    monkeypatch.delitem(sys.modules, "build")
+    assert build.source_hash() == _ext.source_hash(ROOT / "csrc")
+    assert _ext.source_hash(ROOT / "no such folder") is None
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "fits"),
+    [
+        ("90a", (9, 0), True),
+        ("90a", (10, 0), False),
+        ("90a", (8, 0), False),
+        ("80_90a", (8, 6), True),
+        ("80_90a", (7, 5), False),
+        ("86", (8, 0), False),
+        ("80_90a_100_120", (12, 1), True),
+        ("100a", (10, 3), False),
+    ],
+)
+def test_architectures(archs: str, capability: tuple[int, int], fits: bool) -> None:
+    problem = _ext.arch_problem({"archs": archs}, capability)
+    assert (problem is None) == fits
+    if problem is not None:
+        assert f"this GPU is sm_{capability[0]}{capability[1]}; rebuild with MOE_LAYER_CUDA_ARCHS=" in problem
+
+
+def test_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ext, "status", lambda: _ext.ExtensionStatus("missing", "for this test"))
+    _ext.warn_if_missing.cache_clear()
+    with pytest.warns(RuntimeWarning, match="moe_layer: CUDA extension not loaded: for this test; using the PyTorch"):
+        _ext.warn_if_missing()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _ext.warn_if_missing()
+    _ext.warn_if_missing.cache_clear()
