@@ -1,0 +1,368 @@
+"""The layer against the fp64 oracle, and what a host model may do with it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from moe_layer import MoEConfig, MoELayer, RoutingDecision, RoutingError
+from moe_layer.config import (
+    BalanceConfig,
+    DispatchConfig,
+    ExpertsConfig,
+    LossesConfig,
+    ReplayConfig,
+    RouterConfig,
+    SharedExpertConfig,
+)
+from tests import oracle
+
+D, F, E, K = 16, 8, 8, 3
+
+
+def make_config(**changes) -> MoEConfig:
+    base = {
+        "hidden_size": D,
+        "router": RouterConfig(num_experts=E, top_k=K),
+        "experts": ExpertsConfig(intermediate_size=F, init_std=0.3),
+    }
+    return MoEConfig(**{**base, **changes})
+
+
+def make_layer(config: MoEConfig, *, dtype=torch.float64, seed=0) -> MoELayer:
+    torch.manual_seed(seed)
+    layer = MoELayer(config, dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if "bias" in name:
+                parameter.normal_(0, 0.3)
+    return layer
+
+
+LOSSES = LossesConfig(aux="batch", aux_coeff=0.3, z_coeff=0.1)
+CASES = {
+    "softmax_post": ({}, {}),
+    "softmax_pre_no_renorm": (
+        {"router": RouterConfig(num_experts=E, top_k=K, softmax_order="pre", renormalize=False)},
+        {"softmax_order": "pre", "renormalize": False},
+    ),
+    "sigmoid_scaled_shared": (
+        {
+            "router": RouterConfig(num_experts=E, top_k=K, score_function="sigmoid", scaling_factor=2.5),
+            "shared_expert": SharedExpertConfig(intermediate_size=12, gate=True),
+        },
+        {"score_function": "sigmoid", "scaling_factor": 2.5},
+    ),
+    "sqrtsoftplus_geglu": (
+        {
+            "router": RouterConfig(num_experts=E, top_k=K, score_function="sqrtsoftplus"),
+            "experts": ExpertsConfig(intermediate_size=F, init_std=0.3, activation="geglu"),
+        },
+        {"score_function": "sqrtsoftplus", "activation": "geglu"},
+    ),
+    "gpt_oss": (
+        {
+            "router": RouterConfig(num_experts=E, top_k=K, linear_bias=True),
+            "experts": ExpertsConfig(intermediate_size=F, init_std=0.6, activation="swiglu_clamped", bias=True),
+            "shared_expert": SharedExpertConfig(intermediate_size=12),
+        },
+        {"activation": "swiglu_clamped"},
+    ),
+    "losses": ({"losses": LOSSES}, {"aux_coeff": 0.3, "z_coeff": 0.1}),
+    "losses_sigmoid": (
+        {"router": RouterConfig(num_experts=E, top_k=K, score_function="sigmoid"), "losses": LOSSES},
+        {"score_function": "sigmoid", "aux_coeff": 0.3, "z_coeff": 0.1},
+    ),
+}
+LAYOUTS = {
+    "expert_major": DispatchConfig(),
+    "compact": DispatchConfig(rows="compact"),
+    "aligned": DispatchConfig(alignment=8),
+    "combine": DispatchConfig(apply_probs="combine"),
+    "source": DispatchConfig(apply_probs="source"),
+}
+
+
+def compare(layer, options, *, tokens=13, call=None, seed=1):
+    """Outputs and every gradient of the layer against the oracle, random upstream gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, D, dtype=torch.float64, generator=generator, requires_grad=True)
+    upstream = torch.randn(tokens, D, dtype=torch.float64, generator=generator)
+    layer.zero_grad()
+    y = layer(x) if call is None else call(x)
+    y.backward(upstream)
+
+    x_ref = x.detach().clone().requires_grad_()
+    params = {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()}
+    y_ref, loss, _ = oracle.layer(x_ref, params, options)
+    ((y_ref * upstream).sum() + loss).backward()
+
+    torch.testing.assert_close(y, y_ref, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(x.grad, x_ref.grad, rtol=1e-8, atol=1e-11)
+    for name, parameter in layer.named_parameters():
+        want = params[name].grad if params[name].grad is not None else torch.zeros_like(parameter)
+        torch.testing.assert_close(parameter.grad, want, rtol=1e-8, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_matches_oracle(case):
+    changes, options = CASES[case]
+    compare(make_layer(make_config(**changes)), oracle.LayerOptions(top_k=K, **options))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_row_layout_matches_oracle(layout):
+    changes, options = CASES["gpt_oss"]
+    layer = make_layer(make_config(dispatch=LAYOUTS[layout], **changes))
+    compare(layer, oracle.LayerOptions(top_k=K, **options))
+
+
+def test_padding_is_not_routed_not_counted():
+    layer = make_layer(make_config(losses=LOSSES))
+    valid = torch.tensor([True, False, True, True, False] * 3)
+    options = oracle.LayerOptions(top_k=K, aux_coeff=0.3, z_coeff=0.1, valid=valid.tolist())
+    compare(layer, options, tokens=15, call=lambda x: layer(x, valid=valid))
+    assert layer.collect_stats()["load"].sum() == 9 * K
+
+
+def test_replay_matches_oracle_with_forced_experts():
+    layer = make_layer(make_config())
+    forced = [[(t + 2 * k) % E for k in range(K)] for t in range(13)]
+    ids = torch.tensor(forced, dtype=torch.uint8)
+    compare(layer, oracle.LayerOptions(top_k=K, forced=forced), call=lambda x: layer(x, replay=ids))
+
+
+def test_replay_of_own_decision_is_bitwise_the_live_run():
+    layer = make_layer(make_config(losses=LOSSES), dtype=torch.float32)
+    x = torch.randn(3, 5, D)
+    live, routing = layer(x, return_routing=True)
+    replayed, again = layer(x, replay=RoutingDecision(routing.ids_TK), return_routing=True)
+    assert torch.equal(live, replayed)
+    assert torch.equal(routing.weights_TK, again.weights_TK)
+
+
+@pytest.mark.parametrize("mode", ["recorded", "straight_through"])
+def test_recorded_weights(mode):
+    layer = make_layer(make_config(replay=ReplayConfig(weights=mode)))
+    x = torch.randn(6, D, dtype=torch.float64)
+    ids = torch.stack([torch.randperm(E)[:K] for _ in range(6)])
+    recorded = torch.rand(6, K)
+    y, routing = layer(x, replay=RoutingDecision(ids, recorded), return_routing=True)
+    torch.testing.assert_close(routing.weights_TK, recorded.double())
+    y.sum().backward()
+    moved = layer.router.weight.grad is not None and layer.router.weight.grad.abs().sum() > 0
+    assert moved == (mode == "straight_through")
+
+
+def test_no_tokens_give_zero_gradients():
+    layer = make_layer(make_config(losses=LOSSES, shared_expert=SharedExpertConfig(intermediate_size=4)))
+    x = torch.zeros(0, D, dtype=torch.float64, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.shape == (0, D)
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_experts_without_tokens_get_zero_gradients():
+    layer = make_layer(make_config())
+    x = torch.randn(4, D, dtype=torch.float64)
+    layer(x, replay=torch.tensor([[0, 1, 2]] * 4)).sum().backward()
+    grad = layer.experts.gate_up_proj.grad
+    assert grad[:3].abs().sum() > 0 and not grad[3:].any()
+
+
+def gradients(layer, x, call, upstream):
+    layer.zero_grad()
+    x.grad = None
+    call(x).backward(upstream)
+    return [x.grad.clone(), *(p.grad.clone() for p in layer.parameters()), layer.collect_stats()["load"]]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_same_bits_and_counts_once(reentrant):
+    layer = make_layer(make_config(losses=LOSSES), dtype=torch.float32)
+    x, upstream = torch.randn(9, D, requires_grad=True), torch.randn(9, D)
+    plain = gradients(layer, x, layer, upstream)
+    recomputed = gradients(layer, x, lambda x: checkpoint(layer, x, use_reentrant=reentrant), upstream)
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+    assert plain[-1].sum() == 9 * K
+
+
+@pytest.mark.parametrize("rows", ["expert_major", "compact"])
+def test_fullgraph_compile_same_bits(rows):
+    layer = make_layer(make_config(losses=LOSSES, dispatch=DispatchConfig(rows=rows)), dtype=torch.float32)
+    x, upstream = torch.randn(9, D, requires_grad=True), torch.randn(9, D)
+    plain = gradients(layer, x, layer, upstream)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(layer, x, compiled, upstream), strict=True))
+
+
+def test_runs_twice_with_the_same_bits():
+    layer = make_layer(make_config(losses=LOSSES), dtype=torch.float32)
+    x, upstream = torch.randn(64, D, requires_grad=True), torch.randn(64, D)
+    first = gradients(layer, x, layer, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(first, gradients(layer, x, layer, upstream), strict=True))
+
+
+def test_counters_stand_still_without_backward():
+    layer = make_layer(make_config())
+    with torch.no_grad():
+        layer(torch.randn(4, D, dtype=torch.float64))
+    layer.eval()
+    layer(torch.randn(4, D, dtype=torch.float64)).sum().backward()
+    assert not layer.router.tokens_per_expert.any()
+
+
+def test_copies_and_dtype_moves():
+    router = RouterConfig(num_experts=E, top_k=K, score_function="sigmoid", expert_bias=True)
+    layer = make_layer(make_config(router=router), dtype=torch.float32)
+    layer.router.expert_bias.normal_()
+    x = torch.randn(5, D)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x), layer(x))
+    bias = layer.router.expert_bias.clone()
+    layer.to(torch.bfloat16)
+    assert layer.router.weight.dtype == torch.bfloat16
+    assert torch.equal(layer.router.expert_bias, bias) and layer.router.tokens_per_expert.dtype == torch.int64
+    assert layer.half().router.expert_bias.dtype == torch.float32
+
+
+def test_meta_construction_then_reset_is_the_eager_construction():
+    config = make_config(shared_expert=SharedExpertConfig(intermediate_size=4, gate=True), losses=LOSSES)
+    meta = MoELayer(config, device="meta")
+    assert all(p.is_meta for p in meta.parameters())
+    meta.to_empty(device="cpu")
+    torch.manual_seed(3)
+    meta.reset_parameters()
+    torch.manual_seed(3)
+    eager = MoELayer(config)
+    eager.load_state_dict(meta.state_dict())
+    x = torch.randn(5, D)
+    assert torch.equal(meta(x), eager(x))
+
+
+def test_state_dict_keys_are_the_contract():
+    router = RouterConfig(num_experts=E, top_k=K, score_function="sigmoid", expert_bias=True, linear_bias=True)
+    experts = ExpertsConfig(intermediate_size=F, bias=True)
+    shared = SharedExpertConfig(intermediate_size=4, gate=True)
+    shapes = {n: tuple(t.shape) for n, t in make_layer(make_config(router=router, experts=experts, shared_expert=shared)).state_dict().items()}
+    assert shapes == {
+        "router.weight": (E, D),
+        "router.bias": (E,),
+        "router.expert_bias": (E,),
+        "experts.gate_up_proj": (E, 2 * F, D),
+        "experts.down_proj": (E, D, F),
+        "experts.gate_up_proj_bias": (E, 2 * F),
+        "experts.down_proj_bias": (E, D),
+        "shared_expert.gate_proj.weight": (4, D),
+        "shared_expert.up_proj.weight": (4, D),
+        "shared_expert.down_proj.weight": (D, 4),
+        "shared_expert_gate.weight": (1, D),
+    }
+
+
+def test_loss_scale_scales_the_attached_losses_only():
+    layer = make_layer(make_config(losses=LOSSES))
+    x = torch.randn(7, D, dtype=torch.float64)
+    grads = []
+    for scale in (1.0, 3.0):
+        layer.set_loss_scale(torch.tensor(scale))
+        layer.zero_grad()
+        (layer(x) * 0.0).sum().backward()
+        grads.append(layer.router.weight.grad.clone())
+    torch.testing.assert_close(grads[1], 3.0 * grads[0])
+    assert grads[0].abs().sum() > 0
+
+
+def test_bias_update_moves_against_the_load():
+    router = RouterConfig(num_experts=E, top_k=K, score_function="sigmoid", expert_bias=True)
+    layer = make_layer(make_config(router=router, balance=BalanceConfig(bias_update_rate=0.5)))
+    layer(torch.randn(8, D, dtype=torch.float64), replay=torch.tensor([[0, 1, 2]] * 8)).sum().backward()
+    layer.update_bias()
+    assert layer.router.expert_bias.tolist() == [-0.5] * 3 + [0.5] * 5
+    layer.update_bias()
+    assert layer.router.expert_bias.tolist() == [-0.5] * 3 + [0.5] * 5  # no load since: nothing moves
+
+
+def test_global_loss_remembers_earlier_micro_batches():
+    losses = LossesConfig(aux="global", aux_coeff=1.0)
+    layer = make_layer(make_config(losses=losses))
+    x = torch.randn(2, 6, D, dtype=torch.float64)
+    _, first = layer(x[0], return_routing=True)
+    layer(x[0]).sum().backward()
+    _, second = layer(x[0], return_routing=True)
+    torch.testing.assert_close(first.losses["aux"], second.losses["aux"])  # the same f_e twice
+    layer(x[1]).sum().backward()
+    assert layer.router.aux_history.sum() == 2 * 6 * K
+    layer.update_bias()
+    assert not layer.router.aux_history.any()
+
+
+def test_amp_leaves_the_router_in_fp32():
+    layer = make_layer(make_config(), dtype=torch.float32)
+    x = torch.randn(6, D)
+    _, plain = layer(x, return_routing=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, routing = layer(x, return_routing=True)
+    assert torch.equal(plain.weights_TK, routing.weights_TK)
+    assert y.dtype in (torch.float32, torch.bfloat16)
+
+
+BAD = {
+    "hidden": (lambda: {"x": torch.zeros(3, D + 1)}, r"x must be \[\.\.\., 16\] \(hidden_size\), got \(3, 17\)"),
+    "int": (lambda: {"x": torch.zeros(3, D, dtype=torch.int64)}, "x must be floating, got torch.int64"),
+    "valid": (lambda: {"x": torch.zeros(3, D), "valid": torch.ones(3)}, r"valid must be bool \(3,\)"),
+    "valid_shape": (lambda: {"x": torch.zeros(3, D), "valid": torch.ones(4, dtype=torch.bool)}, r"valid must be bool"),
+    "replay_shape": (
+        lambda: {"x": torch.zeros(2, 3, D), "replay": torch.zeros(5, K, dtype=torch.int32)},
+        r"replay ids must be \(2, 3, 3\) or \(6, 3\), got \(5, 3\)",
+    ),
+    "replay_dtype": (lambda: {"x": torch.zeros(3, D), "replay": torch.zeros(3, K)}, "replay ids must be integers"),
+    "replay_range": (
+        lambda: {"x": torch.zeros(3, D), "replay": torch.full((3, K), E)},
+        r"replay ids outside \[0, 8\)",
+    ),
+    "meta_device": (lambda: {"x": torch.zeros(3, D, device="meta")}, "x is on meta and the layer on cpu"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_names_the_argument(case):
+    make, text = BAD[case]
+    layer = make_layer(make_config(), dtype=torch.float32)
+    with pytest.raises(RoutingError, match=text):
+        layer(**make())
+
+
+@pytest.mark.parametrize(
+    ("replay", "router", "ids", "x_value", "text"),
+    [
+        (ReplayConfig(on_missing="raise"), {}, [[0, -1, 2]], 1.0, "on_missing: live"),
+        (ReplayConfig(on_duplicate="raise"), {}, [[0, 0, 2]], 1.0, "on_duplicate: refill"),
+        (ReplayConfig(), {"nonfinite": "raise"}, None, float("nan"), "nonfinite: count"),
+    ],
+)
+def test_raise_policies(replay, router, ids, x_value, text):
+    layer = make_layer(make_config(replay=replay, router=RouterConfig(num_experts=E, top_k=K, **router)))
+    x = torch.full((1, D), x_value, dtype=torch.float64)
+    ids = None if ids is None else torch.tensor(ids)
+    with pytest.raises(RoutingError, match=text):
+        layer(x, replay=ids)
+    tolerant = make_layer(make_config(router=dataclasses.replace(layer.config.router, nonfinite="count")))
+    tolerant(x, replay=ids)
+    tolerant.check()
+
+
+def test_sequence_loss_needs_sequences():
+    layer = make_layer(make_config(losses=LossesConfig(aux="sequence", aux_coeff=1.0)))
+    with pytest.raises(RoutingError, match=r"needs x of shape \[B, S, D\] or cu_seqlens"):
+        layer(torch.zeros(6, D, dtype=torch.float64))
+    _, by_shape = layer(torch.ones(2, 3, D, dtype=torch.float64), return_routing=True)
+    bounds = torch.tensor([0, 3, 6], dtype=torch.int32)
+    _, by_bounds = layer(torch.ones(6, D, dtype=torch.float64), cu_seqlens=bounds, return_routing=True)
+    assert torch.equal(by_shape.losses["aux"], by_bounds.losses["aux"])
