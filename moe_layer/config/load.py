@@ -27,7 +27,7 @@ _MAX_BASES = 16
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A config with the origin of each leaf value: "default", "file:line:column", "preset name:line:column", "override ..."."""
+    """A config, and for each leaf value "default", "file:line:column", "preset name:line:column" or an override."""
 
     config: MoEConfig | TrainConfig
     origins: Mapping[str, str]
@@ -168,9 +168,7 @@ def _as_yaml(key: str, value: Any) -> tuple[str, str]:
     try:
         return key, json.dumps(value, allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError):
-        raise ConfigError(
-            f"override {key}: cannot write {value!r} in YAML; give a number, string, list or dict"
-        ) from None
+        raise ConfigError(f"override {key}: cannot write {value!r} in YAML; give plain data") from None
 
 
 def _override(key: str, text: str, kind: type, problems: Problems) -> Node:

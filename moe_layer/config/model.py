@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from moe_layer.config import rules
-from moe_layer.config.types import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
+from moe_layer.config.types import ExpertCount, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    num_experts: PositiveInt
+    num_experts: ExpertCount
     """Number of routed experts, E."""
     top_k: PositiveInt
     """Experts per token, K."""
@@ -28,13 +28,13 @@ class RouterConfig:
     group_topk: PositiveInt | None = None
     """Groups a token may use."""
     group_rule: Literal["sum_top2", "sum_topk_per_group"] = "sum_top2"
-    """Group score: sum of its two best keys (DeepSeek-V3), or of its top_k/group_topk best (Megatron, TransformerEngine)."""
+    """Group score: sum of its two best keys (DeepSeek-V3), or of its top_k/group_topk best (Megatron)."""
     expert_bias: bool = False
     """Keep an fp32 `expert_bias [E]` buffer that is added to the scores for selection only."""
     linear_bias: bool = False
     """Add a learned `router.bias [E]` to the logits (gpt-oss)."""
     gate_dtype: Literal["fp32_out", "fp32", "input"] = "fp32_out"
-    """Gate GEMM: input-dtype operands with fp32 accumulation and output, fp32 throughout, or the input's dtype throughout."""
+    """Gate GEMM: input-dtype operands with fp32 accumulation and output, all fp32, or all in the input's dtype."""
     jitter_eps: Fraction = 0.0
     """While training, multiply the router's input by uniform noise in [1-eps, 1+eps]."""
     capacity_factor: PositiveFloat | None = None

@@ -71,8 +71,10 @@ SYNONYMS = {
 
 
 def rejection(text: str) -> str | None:
-    """The sentence for a feature that this version rejects by name, when `text` names one."""
+    """The sentence for a feature that this version rejects by name (or a misplaced `base`), when `text` names one."""
     lowered = text.lower()
+    if text == "base":
+        return "base: belongs at the top of a file or directly under moe:, not here"
     return next((sentence for pattern, sentence in REJECTED if re.search(pattern, lowered)), None)
 
 
@@ -87,6 +89,9 @@ def leaf_keys(config: type, prefix: str = "") -> list[str]:
 def suggest(word: str, choices: Iterable[str]) -> str | None:
     """The closest choice, or None."""
     by_lower = {choice.lower(): choice for choice in choices}
+    for name, choice in by_lower.items():
+        if len(word) > 3 and name.startswith(word.lower()):
+            return choice
     found = get_close_matches(word.lower().replace("-", "_"), list(by_lower), n=1, cutoff=0.6)
     return by_lower[found[0]] if found else None
 

@@ -1,4 +1,4 @@
-"""Node tree -> dataclasses. Collects every problem, sorted by place, before it raises; remembers each value's origin."""
+"""Node tree -> dataclasses. Collects every problem, sorted by place, before it raises; keeps each value's origin."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def _wrong_value(node: Node, kind: FieldType) -> str:
 
 
 def _remedy(node: Node, kind: FieldType) -> str:
-    if isinstance(node.value, dict) or isinstance(node.value, tuple):
+    if isinstance(node.value, (dict, tuple)):
         return "; quote each item" if kind.kind == "strings" and isinstance(node.value, tuple) else ""
     if kind.kind == "bool" and node.value.lower() in _YAML11_BOOLS:
         return f"; write {'true' if node.value.lower() in ('yes', 'on', 'y') else 'false'}"

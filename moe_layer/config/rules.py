@@ -5,7 +5,6 @@ A sentence begins with the key it is about (relative to its component), so that 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -72,13 +71,13 @@ def _softmax(c: model.RouterConfig) -> Problems:
     if c.top_k == 1 and (c.softmax_order == "post" or c.renormalize):
         yield (
             f"top_k (1) with score_function softmax needs softmax_order pre and renormalize false, got softmax_order "
-            f"{c.softmax_order} and renormalize {_show(c.renormalize)}: every weight would be 1 and the router would get "
-            f"no gradient"
+            f"{c.softmax_order} and renormalize {_show(c.renormalize)}: every weight would be 1 and the "
+            f"router would get no gradient"
         )
     elif c.softmax_order == "post" and not c.renormalize:
         yield (
-            "renormalize (false) contradicts softmax_order post, whose weights always sum to 1; set renormalize true or "
-            "softmax_order pre"
+            "renormalize (false) contradicts softmax_order post, whose weights always sum to 1; set renormalize true "
+            "or softmax_order pre"
         )
     if c.softmax_order == "post" and c.expert_bias:
         yield (
@@ -177,11 +176,11 @@ def model_(c: train.ModelConfig) -> Problems:
         )
     if c.dense_layers >= c.num_layers:
         yield (
-            f"dense_layers ({c.dense_layers}) must be smaller than num_layers ({c.num_layers}), or no MoE layer is left; "
-            f"lower dense_layers"
+            f"dense_layers ({c.dense_layers}) must be smaller than num_layers ({c.num_layers}), or no MoE layer is "
+            f"left; lower dense_layers"
         )
     if c.dense_layers and c.dense_intermediate_size is None:
-        yield f"dense_intermediate_size (null) is needed by dense_layers ({c.dense_layers}); set the width of those MLPs"
+        yield f"dense_intermediate_size (null) is needed by dense_layers ({c.dense_layers}); set those MLPs' width"
     if not c.dense_layers:
         yield from _ineffective(c, ("dense_intermediate_size",), "dense_layers")
 
@@ -230,8 +229,8 @@ def _shape(c: train.TrainConfig) -> Problems:
     if width % (2 * heads):
         fits = [n for n in _divisors(width, min(width, 256) + 1) if width % (2 * n) == 0]
         yield (
-            f"moe.hidden_size ({width}) must be divisible by 2 * model.num_heads ({heads}), since rotary embeddings pair "
-            f"the dimensions of a head; try num_heads {_listed(fits)}"
+            f"moe.hidden_size ({width}) must be divisible by 2 * model.num_heads ({heads}), since rotary embeddings "
+            f"pair the dimensions of a head; try num_heads {_listed(fits)}"
         )
 
 
@@ -247,7 +246,8 @@ def _parallel(c: train.TrainConfig) -> Problems:
     ranks = ep * (c.parallel.dp or 1)
     if c.train.global_batch % (c.train.micro_batch * ranks):
         yield (
-            f"train.global_batch ({c.train.global_batch}) must be divisible by train.micro_batch ({c.train.micro_batch}) "
-            f"times the {ranks} ranks of parallel.ep ({ep}) and parallel.dp ({_show(c.parallel.dp)}); "
-            f"raise global_batch to {c.train.micro_batch * ranks} or lower micro_batch"
+            f"train.global_batch ({c.train.global_batch}) must be divisible by train.micro_batch "
+            f"({c.train.micro_batch}) times the {ranks} ranks of parallel.ep ({ep}) and "
+            f"parallel.dp ({_show(c.parallel.dp)}); raise global_batch to {c.train.micro_batch * ranks} "
+            f"or lower micro_batch"
         )

@@ -1,4 +1,4 @@
-"""What a configuration field accepts, parsed once from its annotation for the loader, the checks, the schema, the docs."""
+"""What a configuration field accepts, parsed once from its annotation for loader, checks, schema and docs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 INT_LIMIT = 2**63 - 1
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() else repr(value)
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,14 @@ class Bounds:
     def __str__(self) -> str:
         parts = []
         if self.low is not None:
-            parts.append(f"{'>' if self.open_low else '>='} {self.low:g}")
+            parts.append(f"{'>' if self.open_low else '>='} {_number(self.low)}")
         if self.high is not None:
-            parts.append(f"{'<' if self.open_high else '<='} {self.high:g}")
+            parts.append(f"{'<' if self.open_high else '<='} {_number(self.high)}")
         return " and ".join(parts)
 
 
+ExpertCount = Annotated[int, Bounds(low=1, high=2**20)]
+"""The reference router packs the expert id into 20 bits of its selection key."""
 PositiveInt = Annotated[int, Bounds(low=1)]
 NonNegativeInt = Annotated[int, Bounds(low=0)]
 PositiveFloat = Annotated[float, Bounds(low=0, open_low=True)]
@@ -46,7 +52,7 @@ OpenFraction = Annotated[float, Bounds(low=0, high=1, open_low=True, open_high=T
 
 @dataclass(frozen=True)
 class FieldType:
-    """One field: `kind` is int, float, bool, str, choice, strings or config; `choices` and `config` belong to their kind."""
+    """`kind` is int, float, bool, str, choice, strings or config; `choices` and `config` serve the last two."""
 
     kind: str
     optional: bool = False
