@@ -1,7 +1,8 @@
 """Only the decision whether to build csrc; everything else is in pyproject.toml.
 
-MOE_LAYER_CUDA=auto (default): build when torch is importable, is a CUDA build and a matching toolkit is found, else say the one
-reason and make a pure package. 0: never. 1: fail when it cannot be built. See csrc/build.py for the other variables.
+MOE_LAYER_CUDA=auto (default): build when torch is importable, is a CUDA build and a matching toolkit is found, else say
+the one reason and make a pure package. 0: never. 1: fail when it cannot be built. See csrc/build.py for the other
+variables.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Compile csrc/*.cu and register.cpp into moe_layer/_C.abi3.so: the one place that knows the flags.
 
-Used by setup.py, scripts/build_ext.sh and scripts/check_csrc.sh. Standard library only, and torch is located but never imported:
-the library is built against the LibTorch stable ABI (headers of torch >= 2.11), so that one file serves later torch versions
-and any Python, and it can be built on a machine without a GPU and with a CPU build of torch ("cross" build).
+Used by setup.py, scripts/build_ext.sh and scripts/check_csrc.sh. Standard library only, and torch is located but never
+imported: the library is built against the LibTorch stable ABI (headers of torch >= 2.11), so that one file serves later
+torch versions and any Python, and a machine without a GPU and with a CPU build of torch can build it ("cross").
 
-Instead of linking with torch's libraries (a CPU build has no libtorch_cuda.so) it links with empty stubs of the same soname. All
+Instead of torch's libraries (a CPU build has no libtorch_cuda.so) it is linked with empty stubs of the same soname. All
 that matters is the DT_NEEDED entry: torch loads its libraries with RTLD_LOCAL, and without that entry loading ends in
 "undefined symbol: aoti_torch_...".
 """
@@ -124,7 +124,7 @@ def flags(torch: TorchInstall, archs: list[str]) -> list[str]:
         "-O3",
         "--expt-relaxed-constexpr",
         "-lineinfo",
-        # Sums promise bits (docs/design.md section 3): a fused multiply-add would round differently from torch's two steps.
+        # Sums promise bits (docs/design.md section 3): a fused multiply-add rounds differently from torch.
         "-fmad=false",
         "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-unused-parameter",
         "-Xfatbin=-compress-all",
@@ -145,7 +145,7 @@ def _run(command: list[str], what: str) -> None:
 
 
 def compile_all(toolkit: Toolkit, torch: TorchInstall, archs: list[str], build_dir: Path, jobs: int) -> list[Path]:
-    """Compile every source in parallel; an object is reused while its source, all headers and the flags are the same."""
+    """Compile every source in parallel; an object is reused while source, headers and flags are the same."""
     build_dir.mkdir(parents=True, exist_ok=True)
     version = re.search(r'"([^"]+)"', (ROOT / "moe_layer/_version.py").read_text().split("__version__", 1)[1])
     common = flags(torch, archs)
@@ -207,8 +207,8 @@ def check_torch_and_toolkit(*, cross: bool = False) -> tuple[TorchInstall, Toolk
             raise BuildError(f"torch {torch.version} is a CPU build")
         if torch.cuda.split(".")[0] != toolkit.version.split(".")[0]:
             raise BuildError(
-                f"torch {torch.version} is for CUDA {torch.cuda} but the toolkit at {toolkit.root} is {toolkit.version}; "
-                "set CUDA_HOME to a toolkit with the same major version"
+                f"torch {torch.version} is for CUDA {torch.cuda} but the toolkit at {toolkit.root} is "
+                f"{toolkit.version}; set CUDA_HOME to a toolkit with the same major version"
             )
     return torch, toolkit
 

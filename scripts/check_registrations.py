@@ -1,7 +1,8 @@
 """Load a built library next to this machine's torch and compare what it registers with the Python schemas.
 
-Catches, without a GPU: an undefined symbol that torch does not export, a misspelt m.impl name (the kernel would never run), and
-a kernel without a Python op. On a CPU build of torch the CUDA half of the C shim is replaced by stubs that only satisfy the linker.
+Catches, without a GPU: an undefined symbol that torch does not export, a misspelt m.impl name (the kernel would never
+run), and a kernel without a Python op. On a CPU build of torch the CUDA half of the C shim is replaced by stubs that
+only satisfy the linker.
 """
 
 from __future__ import annotations

@@ -83,7 +83,8 @@ def apex() -> str:
     places = [Path(place) for place in spec.submodule_search_locations or []]
     if any((place / "optimizers").is_dir() for place in places):
         return "NVIDIA apex, with apex.optimizers"
-    return f"another project called apex at {places[0] if places else spec.origin}, not NVIDIA's; ignored (pip uninstall apex)"
+    where = places[0] if places else spec.origin
+    return f"another project called apex at {where}, not NVIDIA's; ignored (pip uninstall apex)"
 
 
 def _cuda() -> str:
@@ -106,7 +107,8 @@ def _gpus() -> list[tuple[str, str]]:
     rows = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         gpu = torch.cuda.get_device_properties(index)
-        text = f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB, {gpu.multi_processor_count} SMs"
+        size = f"{gpu.total_memory / 2**30:.0f} GiB, {gpu.multi_processor_count} SMs"
+        text = f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {size}"
         rows.append((f"gpu {index}", text))
     return rows
 

@@ -1,7 +1,7 @@
 """Load csrc's library, which registers CUDA kernels for the ops that this package defines in Python.
 
-Without it every op still runs on CUDA, in its PyTorch reference body, slower. `status()` says which of the two it is and why;
-`moe-layer env` prints it, and `warn_if_missing()` warns once when a CUDA tensor meets an unloaded extension.
+Without it every op still runs on CUDA, in its PyTorch reference body, slower. `status()` says which of the two it is
+and why; `moe-layer env` prints it, and `warn_if_missing()` warns once when a CUDA tensor meets an unloaded extension.
 Environment: `MOE_LAYER_CUDA=0` at run time leaves the library unloaded, for comparisons with the reference.
 """
 
@@ -63,8 +63,8 @@ def status() -> ExtensionStatus:
 def load_library(library: Path, *, csrc: Path) -> ExtensionStatus:
     """Load `library` unless it was built from sources other than those in `csrc` (ignored when that folder is absent).
 
-    A kernel of an older source behind a newer Python schema reads its arguments at the wrong places, so a stale library is
-    refused before it can register anything.
+    A kernel of an older source behind a newer Python schema reads its arguments at the wrong places, so a stale library
+    is refused before it can register anything.
     """
     try:
         info = _build_info(library)
@@ -79,8 +79,8 @@ def load_library(library: Path, *, csrc: Path) -> ExtensionStatus:
     except OSError as error:
         return ExtensionStatus("failed", f"{library} cannot be loaded ({error})", info)
     cuda = int(info["cuda"])
-    text = f"{library.name} for {_arch_names(info)}, CUDA {cuda // 1000}.{cuda % 1000 // 10}, headers of torch {info['torch_headers']}"
-    return ExtensionStatus("loaded", text, info)
+    versions = f"CUDA {cuda // 1000}.{cuda % 1000 // 10}, headers of torch {info['torch_headers']}"
+    return ExtensionStatus("loaded", f"{library.name} for {_arch_names(info)}, {versions}", info)
 
 
 def _arch_names(info: Mapping[str, str]) -> str:
@@ -98,15 +98,17 @@ def arch_problem(info: Mapping[str, str], capability: tuple[int, int]) -> str | 
         if built == capability or (arch[-1].isdigit() and built[0] == major and built[1] <= minor):
             return None
     wanted = f"{major}{minor}"
-    return f"the extension has kernels for {_arch_names(info)} but this GPU is sm_{wanted}; rebuild with MOE_LAYER_CUDA_ARCHS={wanted}"
+    has = f"the extension has kernels for {_arch_names(info)}"
+    return f"{has} but this GPU is sm_{wanted}; rebuild with MOE_LAYER_CUDA_ARCHS={wanted}"
 
 
 @functools.cache
 def warn_if_missing() -> None:
-    """Warn once, at the first CUDA tensor, that the slower reference runs; raise when the library lacks this GPU's kernels.
+    """Warn once, at the first CUDA tensor, that the slower reference runs; raise when this GPU's kernels are missing.
 
     Raises:
-        RuntimeError: the loaded library was built for other GPUs (its kernels already took precedence over the reference).
+        RuntimeError: the loaded library was built for other GPUs (its kernels already took precedence over the
+            reference).
     """
     current = status()
     if not current.loaded:
@@ -118,7 +120,7 @@ def warn_if_missing() -> None:
 
 
 def _build_info(library: Path) -> dict[str, str]:
-    """The text compiled into the library, found in the file's bytes: reading it must not run its static constructors."""
+    """The text compiled into the library, found in the file's bytes: reading it runs no static constructor."""
     data = library.read_bytes()
     start = data.find(b"torch_headers=")
     if start < 0:

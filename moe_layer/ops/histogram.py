@@ -31,8 +31,8 @@ def expert_histogram(ids: Tensor, *, num_experts: int) -> Tensor:
     """Count how often each expert occurs.
 
     Args:
-        ids: int32 of any shape; -1 marks a slot that is not routed. Ids outside `[0, num_experts)` are not counted: the router
-            has reported them before they get here.
+        ids: int32 of any shape; -1 marks a slot that is not routed. Ids outside `[0, num_experts)` are not counted: the
+            router has reported them before they get here.
         num_experts: E, at least 1.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The first kernel of csrc: it proves that the library is loaded, launched on torch's stream and bit-equal to its reference."""
+"""The first kernel of csrc proves that the library is loaded, launched on torch's stream, bit-equal to its reference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _kernels() -> None:
     assert status.loaded, status.sentence()
 
 
-# 8192 and 8193 are the two sides of the shared-memory limit; 40960 * 8 ids need more than one block and grid-stride step.
+# 8192 and 8193 are the two sides of the shared-memory limit; 40960 * 8 ids need more than one block.
 @pytest.mark.parametrize("num_experts", [1, 8, 60, 256, 8192, 8193, 40000])
 @pytest.mark.parametrize("shape", [(0, 8), (1, 1), (37, 3), (4096, 8), (40960, 8)], ids=str)
 def test_equals_reference(num_experts: int, shape: tuple[int, int]) -> None:

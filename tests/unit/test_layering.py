@@ -63,7 +63,7 @@ def test_imports_point_down(path: Path) -> None:
 
 
 def test_every_folder_is_a_package() -> None:
-    """setuptools packs only folders with __init__.py: one without it works from a checkout and is missing from a wheel."""
+    """setuptools packs only folders with __init__.py: others work from a checkout and are missing from a wheel."""
     folders = {path.parent for path in FILES}
     missing = [str(folder.relative_to(ROOT)) for folder in sorted(folders) if not (folder / "__init__.py").exists()]
     assert not missing, f"add __init__.py to {', '.join(missing)}"
