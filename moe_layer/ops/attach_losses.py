@@ -58,10 +58,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
     # Plain attributes, not save_for_backward: counters and scale change between this forward and its backward by
     # design, which autograd's version check would report as an error.
-    ctx.scale, ctx.counters = scale, (
-        (tokens_per_expert, counts),
-        (log_sums, log_values),
-        (aux_history, aux_counts),
+    ctx.scale, ctx.counters = (
+        scale,
+        (
+            (tokens_per_expert, counts),
+            (log_sums, log_values),
+            (aux_history, aux_counts),
+        ),
     )
     ctx.losses_like = None if losses is None else (losses.shape, losses.dtype)
 

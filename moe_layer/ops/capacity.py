@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Capped(NamedTuple):
-    """ids `[T, K]` with -1 in dropped slots, weights `[T, K]` with 0 there, counts int32 `[E]` of the slots that stay."""
+    """ids `[T, K]` with -1 in dropped slots, weights `[T, K]` with 0 there, counts int32 `[E]` of the slots left."""
 
     ids: Tensor
     weights: Tensor

@@ -20,7 +20,7 @@ def _fake(ids: Tensor, out: Tensor) -> None:
 
 
 def check_id_buffer(out: Tensor, *, shape: tuple[int, ...], num_experts: int, device: torch.device) -> None:
-    """Raise TypeError or ValueError unless `out` can take ids of that shape; `-1` must fit, so unsigned types cannot."""
+    """Raise TypeError or ValueError unless `out` can take such ids; -1 must fit, so unsigned types cannot."""
     if out.dtype not in (torch.int16, torch.int32, torch.int64):
         raise TypeError(f"the id buffer must be int16, int32 or int64, got {out.dtype}")
     if out.dtype == torch.int16 and num_experts > 32767:

@@ -5,8 +5,8 @@ arithmetic runs in fp32 (fp64 for fp64 logits); weights, scores and sums are ret
 probabilities and the gradient of the logits in the logits' own dtype.
 
 The order of a row: finite experts by descending key, then experts whose key is not finite; equal keys by ascending
-expert id. The readable reference lives in `route_topk_ref.py`; `csrc/router_*.cu` registers CUDA kernels for these two
-schemas. The schemas are settled; a change is announced here:
+expert id. The readable reference lives in `route_topk_select.py` and `route_topk_ref.py`; `csrc/router_*.cu` registers
+CUDA kernels for these two schemas. The schemas are settled; a change is announced here:
 
 * (none so far)
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moe_layer.ops import route_topk_ref as ref
 from moe_layer.ops.route_topk_check import check_arguments
+from moe_layer.ops.route_topk_select import select, taken
 
 NUM_EVENTS = 8
 """Events, over valid rows: rows with a replayed slot, slots replayed, slots missing (-1), duplicates, slots out of
@@ -57,15 +58,15 @@ class RouteTopk(NamedTuple):
 
 
 FORWARD_SCHEMA = (
-    "(Tensor logits, Tensor? expert_bias, Tensor? replay_ids, Tensor? replay_weights, Tensor? valid, Tensor? cu_seqlens,"
-    " *, int top_k, str score_function, str softmax_order, bool renormalize, float scaling_factor, int num_groups,"
-    " int group_topk, str group_rule, str weights_mode, str aux_counts, bool want_z, bool want_probs, bool want_scores,"
-    " str map_format)"
+    "(Tensor logits, Tensor? expert_bias, Tensor? replay_ids, Tensor? replay_weights, Tensor? valid,"
+    " Tensor? cu_seqlens, *, int top_k, str score_function, str softmax_order, bool renormalize,"
+    " float scaling_factor, int num_groups, int group_topk, str group_rule, str weights_mode, str aux_counts,"
+    " bool want_z, bool want_probs, bool want_scores, str map_format)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 BACKWARD_SCHEMA = (
-    "(Tensor? d_weights, Tensor? d_score_sum, Tensor? d_z, Tensor? d_probs, Tensor? d_scores, Tensor logits, Tensor ids,"
-    " Tensor? replay_ids, Tensor? cu_seqlens, *, str score_function, str softmax_order, bool renormalize,"
+    "(Tensor? d_weights, Tensor? d_score_sum, Tensor? d_z, Tensor? d_probs, Tensor? d_scores, Tensor logits,"
+    " Tensor ids, Tensor? replay_ids, Tensor? cu_seqlens, *, str score_function, str softmax_order, bool renormalize,"
     " float scaling_factor, str weights_mode) -> Tensor"
 )
 # Rows that are not valid are recognised in backward by their ids, which are all -1.
@@ -96,7 +97,7 @@ def _op(
     map_format: str,
 ) -> tuple[Tensor, ...]:
     x_TE = logits.to(ref.compute_dtype(logits))
-    selected = ref.select(
+    selected = select(
         x_TE,
         expert_bias,
         replay_ids,
@@ -118,7 +119,7 @@ def _op(
         scaling_factor=scaling_factor,
     )
     if weights_mode != "live" and replay_ids is not None and replay_weights is not None:
-        weights_TK = torch.where(ref.taken(replay_ids, selected.ids_TK), replay_weights.to(x_TE.dtype), weights_TK)
+        weights_TK = torch.where(taken(replay_ids, selected.ids_TK), replay_weights.to(x_TE.dtype), weights_TK)
     num_experts = x_TE.shape[1]
     sums = ref.loss_sums(
         x_TE,
@@ -205,7 +206,7 @@ def _bwd_op(
     x_TE = logits.to(ref.compute_dtype(logits))
     d_w_TK = ref.weight_gradient(d_weights, d_probs, ids, x_TE.dtype)
     if d_w_TK is not None and weights_mode == "recorded" and replay_ids is not None:
-        d_w_TK = d_w_TK.masked_fill(ref.taken(replay_ids, ids), 0)
+        d_w_TK = d_w_TK.masked_fill(taken(replay_ids, ids), 0)
     dx_TE = ref.loss_sums_backward(d_score_sum, d_z, d_scores, x_TE, ids, cu_seqlens, score_function=score_function)
     dx_TE = ref.weights_backward(
         d_w_TK,
