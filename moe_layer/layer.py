@@ -18,7 +18,7 @@ from moe_layer.errors import ConfigError, RoutingError
 from moe_layer.experts import Experts
 from moe_layer.experts.shared import SharedExpert
 from moe_layer.ops.fan_out import fan_out
-from moe_layer.ops.kernels import require_kernels
+from moe_layer.ops.kernels import note_first_cuda_use, require_kernels
 from moe_layer.replay.decision import as_decision
 from moe_layer.router import Router
 from moe_layer.types import Routing, RoutingDecision
@@ -156,6 +156,7 @@ class MoELayer(nn.Module):
         return torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device) * x.shape[1]
 
     def _check_input(self, x: Tensor, valid: Tensor | None) -> None:
+        note_first_cuda_use(self.config.kernels, x)
         hidden = self.config.hidden_size
         if x.ndim < 1 or x.shape[-1] != hidden:
             raise RoutingError(f"x must be [..., {hidden}] (hidden_size), got {tuple(x.shape)}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from moe_layer.errors import ConfigError
 from moe_layer.ops import _ext
 
@@ -25,3 +28,13 @@ def require_kernels(kernels: str) -> None:
     status = _ext.status()
     if kernels == "cuda" and not status.loaded:
         raise ConfigError(f"kernels: cuda is not possible: {status.sentence()}, or set kernels: auto")
+
+
+def note_first_cuda_use(kernels: str, x: Tensor) -> None:
+    """Under `auto`, warn once when a CUDA tensor meets an absent library: the reference is slower. Free afterwards.
+
+    Raises:
+        RuntimeError: the library was built for other GPUs than this one.
+    """
+    if x.is_cuda and kernels != "reference" and not torch.compiler.is_compiling():
+        _ext.warn_if_missing()

@@ -1,4 +1,4 @@
-"""The first kernel of csrc proves that the library is loaded, launched on torch's stream, bit-equal to its reference."""
+"""The first kernel of csrc: the library is loaded, launched on torch's stream, bit-equal to its reference."""
 
 from __future__ import annotations
 
