@@ -18,7 +18,7 @@ def main_grad_of(parameter: Tensor | None, name: str) -> Tensor | None:
 
     Raises:
         ValueError: the parameter is sharded, or main_grad has another shape, dtype or device.
-        RuntimeError: called while torch.compile traces.
+        RuntimeError: torch.compile traces a full graph (where breaks are allowed, the module then runs eagerly).
     """
     main_grad = getattr(parameter, "main_grad", None)
     if main_grad is None or not parameter.requires_grad:

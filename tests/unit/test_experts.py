@@ -47,8 +47,11 @@ def real_rows(received: Received) -> Tensor:
     return torch.where(received.src_N3[:, 0] >= 0)[0]
 
 
-def gradients(experts: Experts, rows: Tensor, leaves: list[Tensor], upstream: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(rows, [*leaves, *experts.parameters()], upstream, retain_graph=True))
+def gradients(
+    experts: Experts, rows: Tensor, leaves: list[Tensor], upstream: Tensor, *, retain: bool = True
+) -> list[Tensor]:
+    wanted = [*leaves, *experts.parameters()]
+    return list(torch.autograd.grad(rows, wanted, upstream, retain_graph=retain))
 
 
 @every_backend
