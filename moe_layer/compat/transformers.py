@@ -75,8 +75,9 @@ def replace_moe_blocks(model: nn.Module, *, configure: Callable[[MoEConfig], MoE
             f"{type(model).__name__} has no Qwen3MoeSparseMoeBlock or MixtralSparseMoeBlock left to replace; "
             "for other families call enable() and set_experts_implementation('moe_layer')"
         )
-    for path in found:
-        model.set_submodule(path, swap(model.get_submodule(path), configure))
+    blocks = {path: swap(model.get_submodule(path), configure) for path in found}  # all or none
+    for path, block in blocks.items():
+        model.set_submodule(path, block)
     return found
 
 

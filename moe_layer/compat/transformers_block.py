@@ -8,7 +8,7 @@ B batch, S sequence, T tokens, D hidden, E experts, K top-k.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from einops import rearrange
@@ -41,14 +41,18 @@ class TransformersMoEBlock(nn.Module):
 
     Args:
         config: of the layer.
-        gate: what `make_gate` returns. experts: our Experts holding the original's parameters.
+        parts: `gate` (what `make_gate` returns) and `experts` (holding the original's parameters), in the original's order:
+            optimizers number their state by the order of the parameters.
     """
 
-    def __init__(self, config: MoEConfig, gate: Router, experts: Experts) -> None:
+    gate: Router
+    experts: Experts
+
+    def __init__(self, config: MoEConfig, parts: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.config = config
-        self.gate = gate
-        self.experts = experts
+        for name, part in parts.items():
+            self.add_module(name, part)
         self.bind()
 
     def bind(self) -> None:
@@ -110,7 +114,8 @@ def swap(block: nn.Module, configure: Callable[[MoEConfig], MoEConfig] | None) -
     config = derived if configure is None else configure(derived)
     if _shape(config) != _shape(derived):
         raise ConfigError(f"configure changed the block's shapes from {_shape(derived)} to {_shape(config)}; keep them")
-    ours = TransformersMoEBlock(config, make_gate(config, gate), _adopt_experts(config, experts))
+    made = {"gate": make_gate(config, gate), "experts": _adopt_experts(config, experts)}
+    ours = TransformersMoEBlock(config, {name: made[name] for name, _ in block.named_children()})
     _copy_hooks(block, ours)
     return ours.train(block.training)
 
