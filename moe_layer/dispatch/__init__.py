@@ -5,10 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moe_layer.config.model import DispatchConfig
+from moe_layer.dispatch.agreement import agree, facts_hash, static_facts
+from moe_layer.dispatch.all_gather import AllGatherRoute
+from moe_layer.dispatch.all_to_all import AllToAllRoute
 from moe_layer.dispatch.base import Dispatcher
+from moe_layer.dispatch.exchange import ExchangeDispatcher
 from moe_layer.dispatch.local import LocalDispatcher
 from moe_layer.dispatch.plan import check_divisible, make_plan
+from moe_layer.dispatch.replicated import ReplicatedRoute
+from moe_layer.dispatch.route import Route
+from moe_layer.dispatch.wire import Link
 from moe_layer.errors import ConfigError
+from moe_layer.types import DispatchPlan
 
 if TYPE_CHECKING:
     from moe_layer.parallel.context import ParallelContext
@@ -26,8 +34,11 @@ def make_dispatcher(
 ) -> Dispatcher:
     """The backend that `config` names; `context` None means one rank.
 
+    At more than one rank this is a collective call: the ranks compare their static facts.
+
     Raises:
         ConfigError: the experts do not split over the ranks, or the backend does not fit the number of ranks.
+        RankMismatch: ranks were given different configurations.
     """
     ranks = 1 if context is None else context.ep_size
     check_divisible(num_experts, ranks)
@@ -36,6 +47,22 @@ def make_dispatcher(
         backend = "local" if ranks == 1 else "all_to_all"
     if backend == "local" and ranks > 1:
         raise ConfigError(f"dispatch.backend local serves one rank, parallel.ep is {ranks}; use auto or all_to_all")
-    if backend == "local" or ranks == 1:
+    if context is None or ranks == 1:
         return LocalDispatcher(config, num_experts=num_experts, top_k=top_k, layer_index=layer_index)
-    raise ConfigError(f"dispatch.backend {backend} is not available yet")
+
+    def open_route(link: Link, plan: DispatchPlan) -> Route:
+        if backend == "replicated":
+            return ReplicatedRoute(link, plan, reduce=config.reduce)
+        return AllGatherRoute(link, plan) if backend == "all_gather" else AllToAllRoute(link, plan)
+
+    facts = static_facts(config, num_experts=num_experts, top_k=top_k, layer_index=layer_index, ranks=ranks)
+    link = Link(context, layer=layer_index, config_hash=facts_hash(facts), deadline_s=config.deadline_s)
+    agree(link, facts)
+    return ExchangeDispatcher(
+        config,
+        num_experts=num_experts,
+        top_k=top_k,
+        link=link,
+        open_route=open_route,
+        probs_at_home=config.apply_probs == "source" and backend != "replicated",
+    )

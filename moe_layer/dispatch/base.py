@@ -53,6 +53,11 @@ def wire_dtype(config: DispatchConfig, dtype: torch.dtype) -> torch.dtype:
     return {"input": dtype, "bf16": torch.bfloat16, "fp32": torch.promote_types(dtype, torch.float32)}[config.combine_format]
 
 
+def round_to_wire(values: Tensor, wire: torch.dtype) -> Tensor:
+    """The rounding of a trip in `wire`, for rows that need not travel: numerics must not depend on R."""
+    return values if values.dtype == wire else values.to(wire).to(values.dtype)
+
+
 def finish(sum_TD: Tensor, add: Tensor | None, *, dtype: torch.dtype) -> Tensor:
     """fp32 (or fp64) tree sum plus the shared expert's output, rounded once to `dtype`."""
     return (sum_TD if add is None else sum_TD + add.to(sum_TD.dtype)).to(dtype)

@@ -9,21 +9,23 @@ import torch
 from torch import Tensor
 
 from moe_layer.config.model import DispatchConfig
-from moe_layer.dispatch.base import finish, padded_rows, wire_dtype
+from moe_layer.dispatch.arrange import GatherProbs, arrange
+from moe_layer.dispatch.base import finish, round_to_wire, wire_dtype
 from moe_layer.dispatch.plan import make_plan
 from moe_layer.ops.gather_rows import gather_rows
-from moe_layer.ops.sort_slots import sort_slots
 from moe_layer.ops.tree_reduce import reduction_blocks, tree_reduce
 from moe_layer.types import DispatchPlan, Received, Routing
 
 
 @dataclass(frozen=True)
 class LocalState:
-    """weights_TK: the routing weights (differentiable); token_N: source token of each row, -1 for pads; dtype of x."""
+    """weights_TK: the routing weights (differentiable); token_N: source token of each row, -1 for pads; dtype: of x;
+    dropped_TR: bool, tokens that a static buffer left out, None when it cannot."""
 
     weights_TK: Tensor
     token_N: Tensor
     dtype: torch.dtype
+    dropped_TR: Tensor | None
 
 
 class LocalDispatcher:
@@ -41,37 +43,36 @@ class LocalDispatcher:
 
     def dispatch(self, x_TD: Tensor, routing: Routing, plan: DispatchPlan | None = None) -> Received:
         plan = self.prepare(routing.ids_TK) if plan is None else plan
-        ids_TK, (T, K) = plan.ids_TK, plan.ids_TK.shape
-        num_rows = padded_rows(T * K, num_local=self.num_experts, alignment=self.config.alignment)
-        order = sort_slots(
-            ids_TK, first_expert=0, num_local=self.num_experts, alignment=self.config.alignment, num_rows=num_rows
+        arranged = arrange(
+            plan.ids_TK,
+            config=self.config,
+            first_expert=0,
+            num_local=self.num_experts,
+            capacity_slots=(self.config.max_tokens_per_rank or x_TD.shape[0]) * self.top_k,
         )
-        token_N = torch.where(order.slot_N >= 0, order.slot_N // max(K, 1), -1)
-        probs_N = _GatherProbs.apply(routing.weights_TK, order.slot_N, order.row_CK)
+        order, token_N = arranged.order, arranged.compact_N
+        probs_N = GatherProbs.apply(routing.weights_TK, order.slot_N, order.row_CK)
         compact = self.config.rows == "compact"
-        wire = wire_dtype(self.config, x_TD.dtype)
-        rows = x_TD if compact else _Expand.apply(
-            x_TD, token_N, order.row_CK, ids_TK, self.num_experts, self.blocks, wire
-        )
-        zero_N = torch.zeros_like(order.slot_N)
+        dropped_TR = None if arranged.kept_C is None else ~arranged.kept_C.unsqueeze(1)
         return Received(
-            rows=rows,
+            rows=x_TD if compact else self._expand(x_TD, token_N, order.row_CK, arranged.ids_CK),
             index_N=token_N.clamp_min(0) if compact else None,
             probs_N=probs_N,
             act_probs_N=probs_N if self.config.apply_probs == "activation" else None,
             offsets_L1=order.offsets_L1,
             counts_L=order.counts_L,
-            counts_LR=order.counts_L.unsqueeze(1),
-            expert_ids_L=torch.arange(self.num_experts, dtype=torch.int32, device=ids_TK.device),
-            src_N3=torch.stack(
-                (zero_N.masked_fill_(order.slot_N < 0, -1), token_N, torch.where(token_N >= 0, order.slot_N % max(K, 1), -1)),
-                dim=1,
-            ),
+            counts_LR=arranged.counts_LR,
+            expert_ids_L=torch.arange(self.num_experts, dtype=torch.int32, device=x_TD.device),
+            src_N3=arranged.src_N3,
             row_CK=order.row_CK,
-            ids_CK=ids_TK,
+            ids_CK=arranged.ids_CK,
             plan=plan,
-            state=LocalState(routing.weights_TK, token_N, x_TD.dtype),
+            state=LocalState(routing.weights_TK, token_N, x_TD.dtype, dropped_TR),
         )
+
+    def _expand(self, x_TD: Tensor, token_N: Tensor, row_TK: Tensor, ids_TK: Tensor) -> Tensor:
+        wire = wire_dtype(self.config, x_TD.dtype)
+        return _Expand.apply(x_TD, token_N, row_TK, ids_TK, self.num_experts, self.blocks, wire)
 
     def combine(self, rows: Tensor, received: Received, add: Tensor | None = None) -> Tensor:
         state: LocalState = received.state
@@ -84,16 +85,12 @@ class LocalDispatcher:
             num_experts=self.num_experts,
             blocks=self.blocks,
         )
-        wire = wire_dtype(self.config, state.dtype)
-        rounded_TD = sum_TD if wire == sum_TD.dtype else sum_TD.to(wire).to(sum_TD.dtype)
-        return finish(rounded_TD, add, dtype=state.dtype)
+        return finish(round_to_wire(sum_TD, wire_dtype(self.config, state.dtype)), add, dtype=state.dtype)
 
     def check(self) -> None:
         """Nothing is reported late here."""
 
-    def dispatch_send(
-        self, x_TD: Tensor, routing: Routing, plan: DispatchPlan | None = None
-    ) -> tuple[Any, Tensor]:
+    def dispatch_send(self, x_TD: Tensor, routing: Routing, plan: DispatchPlan | None = None) -> tuple[Any, Tensor]:
         return (x_TD, routing, plan), x_TD.new_empty(0)
 
     def dispatch_recv(self, handle: Any, token: Tensor) -> Received:
@@ -111,7 +108,14 @@ class _Expand(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, token_N: Tensor, row_TK: Tensor, ids_TK: Tensor, num_experts: int, blocks: int, wire: torch.dtype
+        ctx: Any,
+        x_TD: Tensor,
+        token_N: Tensor,
+        row_TK: Tensor,
+        ids_TK: Tensor,
+        num_experts: int,
+        blocks: int,
+        wire: torch.dtype,
     ) -> Tensor:
         ctx.save_for_backward(row_TK, ids_TK)
         ctx.num_experts, ctx.blocks, ctx.wire, ctx.dtype = num_experts, blocks, wire, x_TD.dtype
@@ -122,17 +126,3 @@ class _Expand(torch.autograd.Function):
         row_TK, ids_TK = ctx.saved_tensors
         dx_TD = tree_reduce(d_rows, row_TK, ids_MK=ids_TK, num_experts=ctx.num_experts, blocks=ctx.blocks)
         return dx_TD.to(ctx.wire).to(ctx.dtype), None, None, None, None, None, None
-
-
-class _GatherProbs(torch.autograd.Function):
-    """Probability of each row, 0 for pads; backward gathers by the inverse map."""
-
-    @staticmethod
-    def forward(ctx: Any, weights_CK: Tensor, slot_N: Tensor, row_CK: Tensor) -> Tensor:
-        ctx.save_for_backward(row_CK)
-        return gather_rows(weights_CK.reshape(-1, 1), slot_N).squeeze(1)
-
-    @staticmethod
-    def backward(ctx: Any, d_probs_N: Tensor) -> tuple[Tensor, None, None]:
-        (row_CK,) = ctx.saved_tensors
-        return gather_rows(d_probs_N.reshape(-1, 1), row_CK.flatten()).view(row_CK.shape), None, None

@@ -1,0 +1,56 @@
+"""The one place that knows about torch.distributed's private names and how versions 2.11 to 2.13 differ."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def default_store() -> Any:
+    """The rendezvous store of the default process group."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def prefixed(store: Any, prefix: str) -> Any:
+    return dist.PrefixStore(prefix, store)
+
+
+def all_to_all(group: Any, out: Tensor, source: Tensor, *, out_rows: list[int], in_rows: list[int]) -> Any:
+    """Start an uneven all-to-all over dim 0; returns the Work.
+
+    The method of the group object is called, not `dist.all_to_all_single`, so that a group need not be registered: one process
+    can then play several ranks.
+    """
+    return group.alltoall_base(out, source, out_rows, in_rows)
+
+
+def all_gather(group: Any, out: Tensor, source: Tensor) -> Any:
+    """Start an even all-gather along dim 0; returns the Work."""
+    return group._allgather_base(out, source)
+
+
+def is_nccl(group: Any) -> bool:
+    """True when the group's CUDA backend is NCCL."""
+    name = group.name() if hasattr(group, "name") else ""
+    return "nccl" in str(name).lower()
+
+
+def abort(group: Any) -> None:
+    """Abort a NCCL group, so that its stuck kernels end."""
+    backend = group._get_backend(torch.device("cuda")) if hasattr(group, "_get_backend") else group
+    backend.abort()
+
+
+def new_group(ranks: list[int], *, backend: str | None, timeout_s: float) -> Any:
+    """Create a subgroup (every rank of the world calls this, in the same order)."""
+    return dist.new_group(ranks, backend=backend, timeout=timedelta(seconds=timeout_s))
+
+
+def destroy_group(group: Any) -> None:
+    """Destroy a subgroup; a default group that is gone already took it along."""
+    if dist.is_initialized() and group is not None:
+        dist.destroy_process_group(group)
