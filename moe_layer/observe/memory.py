@@ -35,11 +35,12 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.optimizer + self.activations + self.temporary
 
 
-def estimate_memory(config: TrainConfig, model: nn.Module, *, vocab: int) -> MemoryEstimate:
+def estimate_memory(config: TrainConfig, model: nn.Module, *, vocab: int, cpu: bool) -> MemoryEstimate:
     """Estimate for one rank.
 
     Args:
         model: the whole (unsharded) decoder, on meta.
+        cpu: on CPU torch's RMSNorm keeps fp32 intermediates that its fused CUDA kernel does not.
     """
     share = 1 / config.parallel.ep
     trained = sum(
@@ -48,12 +49,12 @@ def estimate_memory(config: TrainConfig, model: nn.Module, *, vocab: int) -> Mem
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     width = 2 if config.train.dtype == "bf16" else 4
     tokens = config.train.micro_batch * config.data.sequence_length
-    block = sum(_block_bytes(config, tokens, width).values())
-    dense = sum(_dense_block_bytes(config, tokens, width).values())
+    block = sum(_block_bytes(config, tokens, width, cpu=cpu).values())
+    dense = sum(_dense_block_bytes(config, tokens, width, cpu=cpu).values())
     dense_layers = config.model.dense_layers
     moe_layers = config.model.num_layers - dense_layers
     stream = tokens * config.moe.hidden_size * width
-    head = 2 * stream + 4 * tokens + tokens * vocab * 4 + tokens * 9
+    head = _norm_bytes(config, tokens, width, cpu=cpu) + stream + tokens * (4 * vocab + 16)
     temporary = tokens * vocab * (4 if width == 4 else 4 + width)
     if config.train.activation_checkpointing == "none":
         kept = moe_layers * block + dense_layers * dense
@@ -64,33 +65,43 @@ def estimate_memory(config: TrainConfig, model: nn.Module, *, vocab: int) -> Mem
     )
 
 
-def _attention_bytes(config: TrainConfig, tokens: int, b: int) -> Mapping[str, int]:
+def _norm_bytes(config: TrainConfig, tokens: int, b: int, *, cpu: bool) -> int:
+    """RMSNorm keeps its input and 1/rms; on CPU the input and the normalised input, both in fp32."""
+    return tokens * (config.moe.hidden_size * (8 if cpu else b) + 4)
+
+
+def _attention_bytes(config: TrainConfig, tokens: int, b: int, *, cpu: bool) -> dict[str, int]:
     hidden, heads = config.moe.hidden_size, config.model.num_heads
     kv_width = hidden // heads * (config.model.num_kv_heads or heads)
     return {
-        "residual stream into both norms": 2 * tokens * (hidden * b + 4),
-        "both norms' outputs": 2 * tokens * hidden * b,
+        "both norms": 2 * _norm_bytes(config, tokens, b, cpu=cpu),
+        "attention norm's output": tokens * hidden * b,
         "q, k, v": tokens * (hidden + 2 * kv_width) * b,
-        "attention output and log-sum-exp": tokens * (hidden * b + heads * 4),
+        # CPU's SDPA writes heads before positions, so that the output projection needs a copy
+        "attention output and log-sum-exp": tokens * (hidden * b * (2 if cpu else 1) + heads * 4),
     }
 
 
-def _block_bytes(config: TrainConfig, tokens: int, b: int) -> Mapping[str, int]:
-    return {**_attention_bytes(config, tokens, b), **moe_bytes(config.moe, tokens, b)}
+def _block_bytes(config: TrainConfig, tokens: int, b: int, *, cpu: bool) -> Mapping[str, int]:
+    return {**_attention_bytes(config, tokens, b, cpu=cpu), **moe_bytes(config.moe, tokens, b, cpu=cpu)}
 
 
-def _dense_block_bytes(config: TrainConfig, tokens: int, b: int) -> Mapping[str, int]:
-    wide = tokens * (config.model.dense_intermediate_size or 0) * b
-    # gate and up share one tensor; silu(gate) and the product are two more
-    return {**_attention_bytes(config, tokens, b), "dense gate, up, activation": 4 * wide}
+def _dense_block_bytes(config: TrainConfig, tokens: int, b: int, *, cpu: bool) -> Mapping[str, int]:
+    hidden, width = config.moe.hidden_size, config.model.dense_intermediate_size or 0
+    # gate and up (one tensor), silu(gate), and the product
+    return {**_attention_bytes(config, tokens, b, cpu=cpu), "dense MLP": tokens * (hidden + 4 * width) * b}
 
 
-def moe_bytes(config: MoEConfig, tokens: int, b: int) -> Mapping[str, int]:
-    """What one MoE layer keeps for backward, beyond its input: name -> bytes."""
+def moe_bytes(config: MoEConfig, tokens: int, b: int, *, cpu: bool) -> Mapping[str, int]:
+    """What one MoE layer keeps for backward, its input included: name -> bytes."""
     hidden, width = config.hidden_size, config.experts.intermediate_size
     slots = tokens * config.router.top_k
+    gate = config.router.gate_dtype
+    gate_copies = b != 4 and (gate == "fp32" or (gate == "fp32_out" and cpu))
+    input_kept = not gate_copies or config.dispatch.rows == "compact" or config.shared_expert is not None
     kept = {
-        "router logits": tokens * config.router.num_experts * (b if config.router.gate_dtype == "input" else 4),
+        "input": tokens * hidden * (b * input_kept + 4 * gate_copies),
+        "router logits": tokens * config.router.num_experts * (b if gate == "input" else 4),
         "routing maps": 32 * slots,
     }
     if config.dispatch.rows == "expert_major":
@@ -101,4 +112,5 @@ def moe_bytes(config: MoEConfig, tokens: int, b: int) -> Mapping[str, int]:
         kept["experts' outputs"] = slots * hidden * b
     if config.shared_expert is not None:
         kept["shared expert"] = 4 * tokens * config.shared_expert.intermediate_size * b
+        kept["shared expert's gated output"] = tokens * hidden * b * config.shared_expert.gate
     return kept

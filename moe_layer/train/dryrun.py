@@ -12,6 +12,7 @@ from moe_layer.observe.memory import MemoryEstimate, estimate_memory
 from moe_layer.observe.metrics import short_number
 from moe_layer.train.data import VOCAB
 from moe_layer.train.model import Decoder
+from moe_layer.train.world import pick_device
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def estimate(config: TrainConfig) -> Estimate:
     return Estimate(
         parameters=count_parameters(model, config.moe),
         flops_per_token=train_flops_per_token(config, vocab=VOCAB),
-        memory=estimate_memory(config, model, vocab=VOCAB),
+        memory=estimate_memory(config, model, vocab=VOCAB, cpu=pick_device(config.train.device).type == "cpu"),
     )
 
 
