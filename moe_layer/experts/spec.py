@@ -81,3 +81,10 @@ class WeightTargets(NamedTuple):
     gate_up_bias: Tensor | None
     down_bias: Tensor | None
     accumulate: tuple[bool, bool, bool, bool]
+
+
+class RowGradient(NamedTuple):
+    """d(rows): as [N, D] expert-major rows, or as [T, D] source rows with `index` [N] int32, the source of each row."""
+
+    rows: Tensor
+    index: Tensor | None
