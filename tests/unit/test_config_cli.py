@@ -73,7 +73,8 @@ def test_a_users_error_gives_exit_code_2_and_one_line() -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr == (
-        "moe-layer: override 'router.top_k=9': router: top_k (9) must not exceed num_experts (8); lower top_k or add experts\n"
+        "moe-layer: override 'router.top_k=9': router: top_k (9) must not exceed num_experts (8); "
+        "lower top_k or add experts\n"
     )
     debug = {**os.environ, "MOE_LAYER_LOG": "debug"}
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=debug)
