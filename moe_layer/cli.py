@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = _parser(arguments).parse_args(arguments)
+        args = _parse(arguments)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
     try:
@@ -48,6 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"moe-layer: {error}", file=sys.stderr)
         return 2
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Options and key=value overrides may be mixed in any order, which argparse alone does not allow."""
+    parser = _parser(arguments)
+    args, rest = parser.parse_known_args(arguments)
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
 
 
 def _parser(arguments: list[str]) -> argparse.ArgumentParser:
