@@ -157,7 +157,7 @@ def routing_map(ids_TK: Tensor, num_experts: int, map_format: str) -> Tensor:
     if map_format == "bytemap":
         return chosen.contiguous()
     bits = 1 << torch.arange(8, dtype=torch.uint8, device=ids_TK.device)
-    return (chosen.reshape(num_tokens, -1, 8) * bits).sum(dim=2, dtype=torch.uint8)
+    return (chosen.reshape(num_tokens, width // 8, 8) * bits).sum(dim=2, dtype=torch.uint8)
 
 
 def sequence_of_rows(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
