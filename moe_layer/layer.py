@@ -69,7 +69,7 @@ class MoELayer(nn.Module):
             ConfigError: every problem of the file at once.
         """
         device, dtype = overrides.pop("device", None), overrides.pop("dtype", None)
-        dotted = [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]
+        dotted = {key.replace("__", "."): value for key, value in overrides.items()}
         return cls(load_config(path, dotted, kind=MoEConfig), device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:

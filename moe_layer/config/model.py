@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from moe_layer.config import rules
-from moe_layer.config.types import ExpertCount, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
+from moe_layer.config.types import ExpertCount, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class RouterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsConfig:
-    intermediate_size: PositiveInt
+    intermediate_size: Width
     """Width F of each expert."""
     activation: Literal["swiglu", "swiglu_clamped", "geglu"] = "swiglu"
     """silu(g)*u; gpt-oss: clamp(g)*sigmoid(alpha*clamp(g))*(clamp(u)+1); gelu_tanh(g)*u."""
@@ -77,7 +77,7 @@ class ExpertsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SharedExpertConfig:
-    intermediate_size: PositiveInt
+    intermediate_size: Width
     """Width of the expert that every token passes through."""
     gate: bool = False
     """Multiply its output by sigmoid(x @ shared_expert_gate.weight) (Qwen3-Next)."""
@@ -160,7 +160,7 @@ class ReplayConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    hidden_size: PositiveInt
+    hidden_size: Width
     """Model width D."""
     router: RouterConfig
     """Routing."""

@@ -5,6 +5,7 @@ A sentence begins with the key it is about (relative to its component), so that 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -211,6 +212,11 @@ def loop(c: train.LoopConfig) -> Problems:
 
 def train_(c: train.TrainConfig) -> Problems:
     """Rules between the model, the layer and the parallel layout (all of them independent of the world size)."""
+    if not re.fullmatch(r"[\w-][\w.-]*", c.name):
+        yield (
+            f"name ({c.name!r}) must consist of letters, digits, '_', '-' and '.', since it names the run's directory; "
+            f"choose another"
+        )
     yield from _shape(c)
     yield from _parallel(c)
     if c.optimizer.warmup_steps > c.train.steps:

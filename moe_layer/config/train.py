@@ -14,6 +14,7 @@ from moe_layer.config.types import (
     OpenFraction,
     PositiveFloat,
     PositiveInt,
+    Width,
 )
 
 
@@ -27,7 +28,7 @@ class ModelConfig:
     """Key/value heads (default: num_heads)."""
     dense_layers: NonNegativeInt = 0
     """Leading blocks with a dense SwiGLU MLP instead of the MoE layer."""
-    dense_intermediate_size: PositiveInt | None = None
+    dense_intermediate_size: Width | None = None
     """Width of those dense MLPs."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary embedding."""
@@ -100,8 +101,8 @@ class LoopConfig:
     """Recompute each block in backward."""
     log_every: PositiveInt = 1
     """Steps between log lines."""
-    val_every: PositiveInt = 100
-    """Steps between validations (one always runs at the end)."""
+    val_every: NonNegativeInt = 100
+    """Steps between validations (one always runs at the end); 0 runs that one only."""
     val_batches: PositiveInt = 8
     """Micro-batches per validation."""
     checkpoint_every: NonNegativeInt = 100

@@ -43,6 +43,8 @@ class Bounds:
 ExpertCount = Annotated[int, Bounds(low=1, high=2**20)]
 """The reference router packs the expert id into 20 bits of its selection key."""
 PositiveInt = Annotated[int, Bounds(low=1)]
+Width = Annotated[int, Bounds(low=1, high=2**20)]
+"""Far above any model, and low enough that no product of two overflows."""
 NonNegativeInt = Annotated[int, Bounds(low=0)]
 PositiveFloat = Annotated[float, Bounds(low=0, open_low=True)]
 NonNegativeFloat = Annotated[float, Bounds(low=0)]

@@ -40,7 +40,7 @@ def test_check_reports_all_files(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert captured.out == f"ok  {good} (MoEConfig)\n"
     assert captured.err == (
         f"moe-layer: 3 problems in the configuration:\n"
-        f"  {bad}:1:14: hidden_size: expected an integer >= 1, got '3x'\n"
+        f"  {bad}:1:14: hidden_size: expected an integer >= 1 and <= 1048576, got '3x'\n"
         f"  {bad}:4:10: router.top_k: expected an integer >= 1, got 'x'\n"
         f"  {tmp_path}/none.yaml: cannot be read (No such file or directory); give the path of a YAML file\n"
     )

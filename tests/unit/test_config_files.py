@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,11 @@ def test_the_hash_sees_every_value_and_nothing_else(tmp_path: Path) -> None:
     spelled = load_config(write(tmp_path, LAYER + "losses: {z_coeff: 1e-3}\ndispatch: {deadline_s: 60}\n"))
     assert config_hash(spelled) == config_hash(load_config(write(tmp_path, LAYER + "losses: {z_coeff: 0.001}\n")))
     assert len(config_hash(base)) == 16 and int(config_hash(base), 16) >= 0
+
+
+def test_reading_a_configuration_imports_no_torch() -> None:
+    code = "import sys; from moe_layer import load_config; load_config('kimi-k2'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_awkward_strings_survive(tmp_path: Path) -> None:

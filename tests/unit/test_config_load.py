@@ -28,13 +28,13 @@ experts:
   intermediate_size: "4"
 """
     assert problems(tmp_path, text, "roter.x=1") == [
-        "x.yaml:1:14: hidden_size: expected an integer >= 1, got 'big'",
+        "x.yaml:1:14: hidden_size: expected an integer >= 1 and <= 1048576, got 'big'",
         "x.yaml:2:1: aux_los_coef: unknown key; did you mean 'losses.aux_coeff'?",
         "x.yaml:5:3: router.num_expert: unknown key; did you mean 'num_experts'?",
         "x.yaml:6:3: top_k: set twice (first at line 4); keep one",
         "x.yaml:7:19: router.score_function: 'sigmod' is not one of softmax, sigmoid, sqrtsoftplus; did you mean 'sigmoid'?",
         "x.yaml:8:16: router.renormalize: expected true or false, got 'no'; write false",
-        "x.yaml:10:22: experts.intermediate_size: expected an integer >= 1, got the quoted string '4'; remove the quotes",
+        "x.yaml:10:22: experts.intermediate_size: expected an integer >= 1 and <= 1048576, got the quoted string '4'; remove the quotes",
         "override 'roter.x=1': roter: unknown key; did you mean 'router'?",
     ]
 
@@ -77,14 +77,14 @@ def test_scalars(tmp_path: Path, key: str, value: str, expected: object) -> None
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("hidden_size", "1e3", "expected an integer >= 1, got '1e3'"),
-        ("hidden_size", "010", "expected an integer >= 1, got '010'"),
-        ("hidden_size", "0x10", "expected an integer >= 1, got '0x10'"),
-        ("hidden_size", "1:30", "expected an integer >= 1, got '1:30'"),
-        ("hidden_size", "32.0", "expected an integer >= 1, got '32.0'"),
-        ("hidden_size", "true", "expected an integer >= 1, got 'true'"),
-        ("hidden_size", "null", "expected an integer >= 1, got null"),
-        ("hidden_size", "9" * 30, "expected an integer >= 1, got '" + "9" * 30 + "'"),
+        ("hidden_size", "1e3", "expected an integer >= 1 and <= 1048576, got '1e3'"),
+        ("hidden_size", "010", "expected an integer >= 1 and <= 1048576, got '010'"),
+        ("hidden_size", "0x10", "expected an integer >= 1 and <= 1048576, got '0x10'"),
+        ("hidden_size", "1:30", "expected an integer >= 1 and <= 1048576, got '1:30'"),
+        ("hidden_size", "32.0", "expected an integer >= 1 and <= 1048576, got '32.0'"),
+        ("hidden_size", "true", "expected an integer >= 1 and <= 1048576, got 'true'"),
+        ("hidden_size", "null", "expected an integer >= 1 and <= 1048576, got null"),
+        ("hidden_size", "9" * 30, "expected an integer >= 1 and <= 1048576, got '" + "9" * 30 + "'"),
         ("losses.z_coeff", ".inf", "expected a number >= 0, got '.inf'"),
         ("losses.z_coeff", ".nan", "expected a number >= 0, got '.nan'"),
         ("losses.z_coeff", "1e999", "expected a number >= 0, got '1e999'"),

@@ -192,6 +192,13 @@ RUN_RULES: list[tuple[list[str], list[str]]] = [
             "raise max_bytes"
         ],
     ),
+    (
+        ["name=../x"],
+        [
+            "name ('../x') must consist of letters, digits, '_', '-' and '.', since it names the run's directory; choose another"
+        ],
+    ),
+    (["name=my-run_2.b"], []),
     (["optimizer.min_lr=0.01"], ["min_lr (0.01) must not exceed lr (0.003); lower min_lr"]),
     (
         ["optimizer.warmup_steps=201"],
