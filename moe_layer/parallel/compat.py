@@ -33,12 +33,6 @@ def all_gather(group: Any, out: Tensor, source: Tensor) -> Any:
     return group._allgather_base(out, source)
 
 
-def is_nccl(group: Any) -> bool:
-    """True when the group's CUDA backend is NCCL."""
-    name = group.name() if hasattr(group, "name") else ""
-    return "nccl" in str(name).lower()
-
-
 def abort(group: Any) -> None:
     """Abort a NCCL group, so that its stuck kernels end."""
     backend = group._get_backend(torch.device("cuda")) if hasattr(group, "_get_backend") else group
@@ -48,6 +42,16 @@ def abort(group: Any) -> None:
 def new_group(ranks: list[int], *, backend: str | None, timeout_s: float) -> Any:
     """Create a subgroup (every rank of the world calls this, in the same order)."""
     return dist.new_group(ranks, backend=backend, timeout=timedelta(seconds=timeout_s))
+
+
+def broadcast(tensor: Tensor, *, group: Any) -> None:
+    """The group's first rank's values, in place."""
+    dist.broadcast(tensor, group=group, group_src=0)
+
+
+def all_reduce(tensor: Tensor, *, group: Any) -> None:
+    """Sum over the group, in place."""
+    dist.all_reduce(tensor, group=group)
 
 
 def destroy_group(group: Any) -> None:

@@ -21,6 +21,7 @@ class ParallelContext:
         dp_group: ranks that hold the same experts; None when there is one.
         data_group: all ranks that see different data (dp x ep); None when there is one.
         dp_size: size of `dp_group`.
+        device: where messages must live: the CPU for gloo, this rank's GPU for NCCL.
         store: key-value store reached by every rank of `ep_group`, for reports after a failure; None does without names.
         owned: groups that `close` destroys.
 
@@ -38,6 +39,7 @@ class ParallelContext:
         dp_group: Any = None,
         data_group: Any = None,
         dp_size: int = 1,
+        device: torch.device | str = "cpu",
         store: Any = None,
         owned: tuple[Any, ...] = (),
     ) -> None:
@@ -47,6 +49,7 @@ class ParallelContext:
         self.dp_group = dp_group
         self.data_group = data_group
         self.dp_size = dp_size
+        self.device = torch.device(device)
         self.store = store
         self.step = 0
         self.failure: str | None = None
@@ -56,13 +59,6 @@ class ParallelContext:
     def data_size(self) -> int:
         """Ranks that see different data: dp * ep."""
         return self.dp_size * self.ep_size
-
-    @property
-    def device(self) -> torch.device:
-        """Where messages must live."""
-        if compat.is_nccl(self.ep_group):
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("cpu")
 
     def advance_step(self) -> None:
         """Count one optimiser step (all ranks together), so that a rank that skips one is recognised."""
@@ -81,7 +77,7 @@ class ParallelContext:
         else:
             names = "all ranks reported: the connection failed, or they wait for each other"
         self.failure = f"{position} on rank {self.ep_rank}: {names} ({reason})"
-        if compat.is_nccl(self.ep_group):
+        if self.device.type == "cuda":
             compat.abort(self.ep_group)
         return DispatchTimeout(f"{self.failure}; restart the job from its last checkpoint without those ranks")
 

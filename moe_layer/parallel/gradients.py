@@ -1,0 +1,123 @@
+"""Gradients over a mesh: the loss is the mean over all ranks' tokens, so dense and expert gradients both divide by dp*ep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from moe_layer.errors import ConfigError
+from moe_layer.parallel import compat
+from moe_layer.parallel.context import ParallelContext
+from moe_layer.parallel.shard import expert_parameters, local_tensor, moe_layers
+
+_BUCKET = 1 << 25  # elements of one all-reduce
+
+
+def context_of(model: nn.Module) -> ParallelContext | None:
+    """The context that `parallelize` bound, None for one rank."""
+    return next((layer.router.context for layer in moe_layers(model)), None)
+
+
+@torch.no_grad()
+def sync_gradients(model: nn.Module) -> None:
+    """Average gradients after the last backward of a step; collective over the mesh. A missing gradient counts as zeros.
+
+    Dense parameters: mean over dp*ep ranks. Experts: their owner already has the sum over its EP group; the sum over dp is
+    divided by dp*ep too (by dp under `backend: replicated`, where an EP group sees one batch). Also moves `context.step` on.
+    """
+    context = context_of(model)
+    if context is None:
+        return
+    routed: set[int] = set()
+    whole: list[Tensor] = []
+    replicated: list[Tensor] = []
+    for layer, parameter in expert_parameters(model):
+        if parameter.requires_grad and id(parameter) not in routed:
+            target = replicated if layer.config.dispatch.backend == "replicated" else whole
+            target.append(_gradient(parameter))
+        routed.add(id(parameter))
+    dense = [_gradient(p) for p in model.parameters() if p.requires_grad and id(p) not in routed]
+    _reduce(dense, group=context.data_group, divisor=context.data_size)
+    _reduce(whole, group=context.dp_group, divisor=context.data_size)
+    _reduce(replicated, group=context.dp_group, divisor=context.dp_size)
+    context.advance_step()
+
+
+@torch.no_grad()
+def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale all gradients so that their global 2-norm is at most `max_norm`; every expert counts once.
+
+    Call after `sync_gradients`. The sum of squares of sharded experts is added over the EP group, so that all ranks clip alike.
+
+    Returns:
+        The norm before clipping, 0-d fp32.
+
+    Raises:
+        ConfigError: `max_norm` is not positive.
+    """
+    if not max_norm > 0:
+        raise ConfigError(f"max_norm must be positive, got {max_norm}; use inf to measure only")
+    context = context_of(model)
+    routed = {id(parameter) for _, parameter in expert_parameters(model)}
+    parameters = [p for p in model.parameters() if p.requires_grad and _has_gradient(p)]
+    dense = [_gradient(p) for p in parameters if id(p) not in routed]
+    experts = [_gradient(p) for p in parameters if id(p) in routed]
+    device = next((g.device for g in (*dense, *experts)), torch.device("cpu"))
+    expert_square = _sum_of_squares(experts, device)
+    if context is not None and context.ep_size > 1:
+        compat.all_reduce(expert_square, group=context.ep_group)
+    norm = (_sum_of_squares(dense, device) + expert_square).sqrt()
+    factor = (max_norm / (norm + 1e-6)).clamp_max(1.0)
+    for gradient in (*dense, *experts):
+        gradient.mul_(factor.to(gradient.dtype))
+    return norm.float()
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None or getattr(parameter, "main_grad", None) is not None
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """The local gradient, `main_grad` where a parameter has one; zeros are attached when there is none."""
+    main_grad = getattr(parameter, "main_grad", None)
+    if main_grad is not None:
+        return local_tensor(main_grad)
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return local_tensor(parameter.grad)
+
+
+def _sum_of_squares(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+    for gradient in gradients:
+        total += torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32)).square()
+    return total
+
+
+def _reduce(gradients: list[Tensor], *, group: object, divisor: int) -> None:
+    """Sum over the group in flat buckets of one dtype, then divide."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in gradients:
+        by_dtype.setdefault(gradient.dtype, []).append(gradient)
+    for same in by_dtype.values():
+        for bucket in _buckets(same):
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            if group is not None:
+                compat.all_reduce(flat, group=group)
+            flat /= divisor
+            for gradient, piece in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(piece.view_as(gradient))
+
+
+def _buckets(gradients: list[Tensor]) -> list[list[Tensor]]:
+    buckets: list[list[Tensor]] = []
+    size = _BUCKET
+    for gradient in gradients:
+        if size + gradient.numel() > _BUCKET:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(gradient)
+        size += gradient.numel()
+    return buckets
