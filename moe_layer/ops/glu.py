@@ -87,8 +87,9 @@ def glu_backward(
         d_probs_N = (d_a_NF * a_NF).sum(-1).to(probs_N.dtype)
         d_a_NF = d_a_NF * p_N1
         a_NF.mul_(p_N1)
-    s_NF.mul_(d_a_NF)
-    d_u_NF.copy_(s_NF.masked_fill_(u_NF.abs() > limit, 0) if clamped else s_NF)
+    torch.mul(s_NF, d_a_NF, out=d_u_NF)
+    if clamped:
+        d_u_NF.masked_fill_(u_NF.abs() > limit, 0)
     d_g_NF.copy_(_gate_backward(d_a_NF * up_NF, g_NF, activation, limit, alpha))
     return GluGradients(d_h_N2F, d_probs_N, a_NF.to(h_N2F.dtype))
 
