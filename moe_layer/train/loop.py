@@ -17,7 +17,6 @@ from moe_layer.config.train import TrainConfig
 from moe_layer.errors import TrainingError
 from moe_layer.observe.flops import peak_tflops, train_flops_per_token
 from moe_layer.observe.metrics import load_metrics
-from moe_layer.parallel import clip_grad_norm, sync_gradients
 from moe_layer.router import LOG_NAMES
 from moe_layer.train.data import VOCAB, Sampler, TextData, validation_batch
 from moe_layer.train.model import Decoder, token_losses
@@ -74,6 +73,8 @@ class Trainer:
             loss.backward()
             self._loss += loss.detach()
         if self.world.mesh is not None:
+            from moe_layer.parallel import sync_gradients
+
             sync_gradients(self.model)
         self._norm = self._clip(cfg.optimizer.clip_norm)
         for layer in self.layers:
@@ -141,6 +142,8 @@ class Trainer:
     def _clip(self, max_norm: float) -> Tensor:
         limit = max_norm if max_norm > 0 else float("inf")
         if self.world.mesh is not None:
+            from moe_layer.parallel import clip_grad_norm
+
             return clip_grad_norm(self.model, limit)
         return nn.utils.clip_grad_norm_(self.model.parameters(), limit)
 
