@@ -38,7 +38,7 @@ class RouterConfig:
     jitter_eps: Fraction = 0.0
     """While training, multiply the router's input by uniform noise in [1-eps, 1+eps]."""
     capacity_factor: PositiveFloat | None = None
-    """Per-expert, per-rank capacity ceil(T*K/E*factor); overflowing slots get id -1. None is dropless."""
+    """Per-expert, per-rank capacity ceil(T*K/E*factor); overflowing slots get id -1. null is dropless."""
     capacity_policy: Literal["probs", "position"] = "probs"
     """Which slots survive: the highest weights, or the lowest token indices."""
     pad_to_capacity: bool = False
