@@ -136,7 +136,7 @@ def config_from_dict(values: Any, *, where: str) -> MoEConfig:
         "replay": ReplayConfig,
     }
     try:
-        parts = {
+        parts: dict[str, Any] = {
             key: sections[key](**value) if key in sections and value is not None else value
             for key, value in dict(values).items()
         }

@@ -41,8 +41,8 @@ class TransformersMoEBlock(nn.Module):
 
     Args:
         config: of the layer.
-        parts: `gate` (what `make_gate` returns) and `experts` (holding the original's parameters), in the original's order:
-            optimizers number their state by the order of the parameters.
+        parts: `gate` (what `make_gate` returns) and `experts` (holding the original's parameters), in the original's
+            order: optimizers number their state by the order of the parameters.
     """
 
     gate: Router
@@ -98,11 +98,12 @@ def blocks_of(model: nn.Module) -> tuple[str, ...]:
     return tuple(path for path, module in model.named_modules() if type(module).__name__ in REPLACEABLE)
 
 
-def swap(block: nn.Module, configure: Callable[[MoEConfig], MoEConfig] | None) -> TransformersMoEBlock:
+def swap(block: Any, configure: Callable[[MoEConfig], MoEConfig] | None) -> TransformersMoEBlock:
     """Our block around the parameters of a transformers block.
 
     Raises:
-        ConfigError: a configuration that cannot be honoured or was changed in its shapes. ValueError: hooks on the experts.
+        ConfigError: a configuration that cannot be honoured, or that was changed in its shapes.
+        ValueError: hooks on the experts.
     """
     gate, experts = block.gate, block.experts
     if experts._forward_hooks or experts._forward_pre_hooks:
@@ -120,7 +121,7 @@ def swap(block: nn.Module, configure: Callable[[MoEConfig], MoEConfig] | None) -
     return ours.train(block.training)
 
 
-def make_gate(config: MoEConfig, source: nn.Module) -> Router:
+def make_gate(config: MoEConfig, source: Any) -> Router:
     """A Router that is also an instance of `source`'s class and owns its weight.
 
     It returns `(router_logits [T, E], weights [T, K], ids [T, K], Routing)`: transformers' recorder takes the first.
@@ -131,14 +132,14 @@ def make_gate(config: MoEConfig, source: nn.Module) -> Router:
 
 
 @functools.cache
-def _gate_class(base: type[nn.Module]) -> Callable[[MoEConfig, nn.Module], Router]:
+def _gate_class(base: Any) -> Callable[[MoEConfig, Any], Router]:
     """Made on demand because transformers' recorder finds routers by isinstance, and transformers is optional.
 
     `base` comes first so that Router's constructor reaches nn.Module's and not the base's, which wants another config.
     """
 
     class Gate(base, Router):
-        def __init__(self, config: MoEConfig, source: nn.Module) -> None:
+        def __init__(self, config: MoEConfig, source: Any) -> None:
             weight = source.weight
             Router.__init__(self, config, device=weight.device, dtype=weight.dtype)
             self.weight = weight
@@ -163,7 +164,7 @@ def _blank_gate(base: type[nn.Module]) -> Router:
     return cls.__new__(cls)
 
 
-def _adopt_experts(config: MoEConfig, source: nn.Module) -> Experts:
+def _adopt_experts(config: MoEConfig, source: Any) -> Experts:
     router = config.router
     experts = Experts(config.experts, hidden_size=config.hidden_size, num_experts=router.num_experts, device="meta")
     experts.gate_up_proj = source.gate_up_proj

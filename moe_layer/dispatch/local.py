@@ -100,7 +100,8 @@ class LocalDispatcher:
         return (rows, received), rows.new_empty(0)
 
     def combine_recv(self, handle: Any, token: Tensor, add: Tensor | None = None) -> Tensor:
-        return self.combine(*handle, add)
+        rows, received = handle
+        return self.combine(rows, received, add)
 
 
 class _Expand(torch.autograd.Function):

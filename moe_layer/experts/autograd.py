@@ -21,7 +21,7 @@ def main_grad_of(parameter: Tensor | None, name: str) -> Tensor | None:
         RuntimeError: torch.compile traces a full graph (where breaks are allowed, the module then runs eagerly).
     """
     main_grad = getattr(parameter, "main_grad", None)
-    if main_grad is None or not parameter.requires_grad:
+    if parameter is None or main_grad is None or not parameter.requires_grad:
         return None
     if hasattr(parameter, "to_local") or not parameter.is_leaf:
         raise ValueError(

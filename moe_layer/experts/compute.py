@@ -24,7 +24,11 @@ def _no_autocast(device_type: str) -> contextlib.AbstractContextManager:
 
 
 def _cast(weights: Weights, dtype: torch.dtype) -> Weights:
-    return Weights(*(None if w is None else w.detach().to(dtype).contiguous() for w in weights))
+    def cast(weight: Tensor) -> Tensor:
+        return weight.detach().to(dtype).contiguous()
+
+    gate_up_bias, down_bias = (None if bias is None else cast(bias) for bias in weights[2:])
+    return Weights(cast(weights.gate_up), cast(weights.down), gate_up_bias, down_bias)
 
 
 def run_forward(layout: Layout, weights: Weights, spec: ExpertsSpec) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@ N rows, N_c compact rows, D hidden, F expert width, L local experts.
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,12 @@ from moe_layer.experts.spec import ExpertsSpec, Layout, Weights
 from moe_layer.types import Received
 
 
+@overload
+def local_part(parameter: Tensor) -> Tensor: ...
+@overload
+def local_part(parameter: None) -> None: ...
+@overload
+def local_part(parameter: Tensor | None) -> Tensor | None: ...
 def local_part(parameter: Tensor | None) -> Tensor | None:
     """This rank's slice of a DTensor parameter (differentiable), anything else unchanged."""
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
@@ -89,7 +97,12 @@ class Experts(nn.Module):
             ValueError: shapes that do not fit, a backend that cannot run this, a main_grad that cannot be honoured.
         """
         parameters = (self.gate_up_proj, self.down_proj, self.gate_up_proj_bias, self.down_proj_bias)
-        weights = Weights(*(local_part(parameter) for parameter in parameters))
+        weights = Weights(
+            gate_up=local_part(self.gate_up_proj),
+            down=local_part(self.down_proj),
+            gate_up_bias=local_part(self.gate_up_proj_bias),
+            down_bias=local_part(self.down_proj_bias),
+        )
         dtype = self._check(received, weights)
         layout = Layout(
             x=received.rows,

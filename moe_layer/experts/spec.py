@@ -80,7 +80,7 @@ class WeightTargets(NamedTuple):
     down: Tensor | None
     gate_up_bias: Tensor | None
     down_bias: Tensor | None
-    accumulate: tuple[bool, bool, bool, bool]
+    accumulate: tuple[bool, ...]
 
 
 class RowGradient(NamedTuple):

@@ -8,6 +8,8 @@ Letters: N rows, N_c compact rows, D hidden, F expert width, L local experts, K 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ torch.library.define(
 
 
 @torch.library.register_fake("moe_layer::experts_fwd")
-def _fwd_fake(x: Tensor, index: Tensor | None, *rest: object) -> tuple[Tensor, Tensor]:
+def _fwd_fake(x: Tensor, index: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     gate_up = rest[5]
     save_h, compute_dtype = rest[-3], rest[-2]
     num_rows = x.shape[0] if index is None else index.shape[0]
@@ -34,7 +36,7 @@ def _fwd_fake(x: Tensor, index: Tensor | None, *rest: object) -> tuple[Tensor, T
 
 
 @torch.library.register_fake("moe_layer::experts_bwd")
-def _bwd_fake(d_rows: Tensor, h: Tensor, *rest: object) -> tuple[Tensor, ...]:
+def _bwd_fake(d_rows: Tensor, h: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     x, probs = rest[0], rest[2]
     wanted = (x, probs, *rest[NUM_LAYOUT : NUM_LAYOUT + NUM_WEIGHTS])
     return tuple(
@@ -43,7 +45,7 @@ def _bwd_fake(d_rows: Tensor, h: Tensor, *rest: object) -> tuple[Tensor, ...]:
     )
 
 
-def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     tensors = inputs[: NUM_LAYOUT + NUM_WEIGHTS]
     ctx.spec = inputs[NUM_LAYOUT + NUM_WEIGHTS :]
     ctx.set_materialize_grads(False)
@@ -51,7 +53,7 @@ def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tupl
     ctx.save_for_backward(*tensors, output[1])
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, d_rows: Tensor | None, d_h: None) -> tuple:
+def _backward(ctx: Any, d_rows: Tensor | None, d_h: None) -> tuple:
     none = (None,) * len(ctx.needs_input_grad)
     if d_rows is None:
         return none

@@ -12,7 +12,7 @@ fp64 inputs are computed in their own dtype. Probabilities and their gradient ar
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -119,12 +119,12 @@ def _(
     return h_N2F.new_empty(h_N2F.shape), d_probs_N, h_N2F.new_empty(h_N2F.shape[0], h_N2F.shape[1] // 2)
 
 
-def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     h_N2F, probs_N, ctx.activation, ctx.limit, ctx.alpha = inputs
     ctx.save_for_backward(h_N2F, probs_N)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, d_a_NF: Tensor) -> tuple:
+def _backward(ctx: Any, d_a_NF: Tensor) -> tuple:
     h_N2F, probs_N = ctx.saved_tensors
     d_h, d_probs, _ = torch.ops.moe_layer.glu_bwd(
         d_a_NF.contiguous(), h_N2F, probs_N, ctx.activation, ctx.limit, ctx.alpha

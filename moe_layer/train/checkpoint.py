@@ -202,7 +202,7 @@ def _verify(path: Path, manifest: Manifest, layout: Layout) -> None:
 def _check_names(path: Path, state: Mapping[str, Tensor]) -> None:
     saved: dict[str, Any] = {}
     for name, entry in HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata.items():
-        saved[name] = tuple(entry.size)
+        saved[name] = tuple(getattr(entry, "size", ()))  # bytes entries, which we never write, have none
     wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     problems = [f"{n} is missing" for n in wanted if n not in saved] + [f"{n} is surplus" for n in saved if n not in wanted]
     problems += [f"{n} is {saved[n]}, the model has {wanted[n]}" for n in wanted if n in saved and saved[n] != wanted[n]]

@@ -48,7 +48,7 @@ def load_state(trainer: Trainer, path: Path) -> int:
 
 def _shared(trainer: Trainer, step: int) -> dict[str, Tensor]:
     """Parameters and saved buffers as `model.*`, moments as `optimizer.*`; a tied tensor once."""
-    saved = dict(trainer.model.named_parameters())
+    saved: dict[str, Tensor] = dict(trainer.model.named_parameters())
     kept = trainer.model.state_dict(keep_vars=True).keys()
     saved.update({name: buffer for name, buffer in trainer.model.named_buffers() if name in kept})
     out = {f"model.{name}": tensor.detach() for name, tensor in saved.items()}
