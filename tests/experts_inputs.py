@@ -1,11 +1,46 @@
-"""A `Received` written by hand, so that the experts' tests do not depend on a dispatcher."""
+"""Small experts and a `Received` written by hand, so that the experts' tests do not depend on a dispatcher."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe_layer.config.model import ExpertsConfig
+from moe_layer.experts import Experts
 from moe_layer.types import DispatchPlan, Received
+
+T, D, F, E, K = 11, 8, 4, 6, 3
+ACTIVATIONS = ("swiglu", "swiglu_clamped", "geglu")
+
+
+def make_experts(dtype: torch.dtype = torch.float64, num_experts: int = E, **config: Any) -> Experts:
+    """Experts with parameters of about unit scale, so that clamps and biases matter."""
+    config = {"intermediate_size": F} | config
+    if config.get("activation") == "swiglu_clamped":
+        config = {"clamp_limit": 1.0} | config
+    experts = Experts(ExpertsConfig(**config), hidden_size=D, num_experts=num_experts, dtype=dtype)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.6)
+    return experts
+
+
+def make_inputs(dtype: torch.dtype = torch.float64, tokens: int = T) -> tuple[Tensor, Tensor, Tensor]:
+    """x, ids with the last expert idle and some slots off, weights."""
+    x = torch.randn(tokens, D, dtype=dtype, requires_grad=True)
+    ids = torch.stack([torch.randperm(E - 1)[:K] for _ in range(tokens)]) if tokens else torch.zeros(0, K)
+    ids = ids.int()
+    ids[torch.rand(tokens, K) < 0.1] = -1
+    weights = torch.rand(tokens, K, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    return x, ids, weights.requires_grad_()
+
+
+def gradients(
+    experts: Experts, rows: Tensor, leaves: list[Tensor], upstream: Tensor, *, retain: bool = True
+) -> list[Tensor]:
+    wanted = [*leaves, *experts.parameters()]
+    return list(torch.autograd.grad(rows, wanted, upstream, retain_graph=retain))
 
 
 def received_rows(ids_TK: Tensor, experts: range) -> list[tuple[int, int, int]]:

@@ -3,55 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
-from experts_inputs import make_received, received_rows
+from experts_inputs import (
+    ACTIVATIONS,
+    D,
+    E,
+    F,
+    K,
+    T,
+    gradients,
+    make_experts,
+    make_inputs,
+    make_received,
+    received_rows,
+)
 from oracle_experts import oracle_experts, oracle_shared
 from torch import Tensor
 
-from moe_layer.config.model import ExpertsConfig, SharedExpertConfig
-from moe_layer.experts import Experts, SharedExpert
+from moe_layer.config.model import SharedExpertConfig
+from moe_layer.experts import SharedExpert
 from moe_layer.types import Received
 
-T, D, F, E, K = 11, 8, 4, 6, 3
-ACTIVATIONS = ("swiglu", "swiglu_clamped", "geglu")
 # grouped_mm has no fp64 kernel, so it meets the oracle in fp32: 100 ulp covers sums of at most 3*T products.
 BACKENDS = [("reference", torch.float64, 1e-11), ("grouped_mm", torch.float32, 1e-5)]
 every_backend = pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)
 
 
-def make_experts(dtype: torch.dtype = torch.float64, num_experts: int = E, **config: Any) -> Experts:
-    """Experts with parameters of about unit scale, so that clamps and biases matter."""
-    config = {"intermediate_size": F} | config
-    if config.get("activation") == "swiglu_clamped":
-        config = {"clamp_limit": 1.0} | config
-    experts = Experts(ExpertsConfig(**config), hidden_size=D, num_experts=num_experts, dtype=dtype)
-    for parameter in experts.parameters():
-        torch.nn.init.normal_(parameter, std=0.6)
-    return experts
-
-
-def make_inputs(dtype: torch.dtype = torch.float64, tokens: int = T) -> tuple[Tensor, Tensor, Tensor]:
-    """x, ids with the last expert idle and some slots off, weights."""
-    x = torch.randn(tokens, D, dtype=dtype, requires_grad=True)
-    ids = torch.stack([torch.randperm(E - 1)[:K] for _ in range(tokens)]) if tokens else torch.zeros(0, K)
-    ids = ids.int()
-    ids[torch.rand(tokens, K) < 0.1] = -1
-    weights = torch.rand(tokens, K, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    return x, ids, weights.requires_grad_()
-
-
 def real_rows(received: Received) -> Tensor:
     return torch.where(received.src_N3[:, 0] >= 0)[0]
-
-
-def gradients(
-    experts: Experts, rows: Tensor, leaves: list[Tensor], upstream: Tensor, *, retain: bool = True
-) -> list[Tensor]:
-    wanted = [*leaves, *experts.parameters()]
-    return list(torch.autograd.grad(rows, wanted, upstream, retain_graph=retain))
 
 
 @every_backend

@@ -10,8 +10,7 @@ import warnings
 
 import pytest
 import torch
-from experts_inputs import make_received
-from test_experts import ACTIVATIONS, D, E, F, gradients, make_experts, make_inputs
+from experts_inputs import ACTIVATIONS, D, E, F, gradients, make_experts, make_inputs, make_received
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
