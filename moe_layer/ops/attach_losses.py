@@ -58,14 +58,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
     # Plain attributes, not save_for_backward: counters and scale change between this forward and its backward by
     # design, which autograd's version check would report as an error.
-    ctx.scale, ctx.counters = (
-        scale,
-        (
-            (tokens_per_expert, counts),
-            (log_sums, log_values),
-            (aux_history, aux_counts),
-        ),
-    )
+    ctx.scale = scale
+    ctx.counters = ((tokens_per_expert, counts), (log_sums, log_values), (aux_history, aux_counts))
     ctx.losses_like = None if losses is None else (losses.shape, losses.dtype)
 
 
@@ -115,19 +109,9 @@ def attach_losses(
         raise ValueError(f"scale must be a 0-d tensor, got shape {tuple(scale.shape)}")
     if losses is not None and losses.ndim != 1:
         raise ValueError(f"losses must be [n], got shape {tuple(losses.shape)}; stack 0-d losses with torch.stack")
-    if counts is not None and tokens_per_expert is not None:
-        kinds = (tokens_per_expert.dtype, counts.dtype)
-        if kinds[0] != torch.int64 or counts.is_floating_point():
-            raise TypeError(
-                f"tokens_per_expert must be int64 and counts an integer tensor, got {kinds[0]} and {kinds[1]}"
-            )
-    for name, counter, values in (
-        ("tokens_per_expert", tokens_per_expert, counts),
-        ("log_sums", log_sums, log_values),
-        ("aux_history", aux_history, aux_counts),
-    ):
-        if counter is not None and values is not None and counter.numel() != values.numel():
-            raise ValueError(f"{name} has {counter.numel()} entries and what is added to it {values.numel()}")
+    _check_counter("tokens_per_expert", tokens_per_expert, counts, integer=True)
+    _check_counter("aux_history", aux_history, aux_counts, integer=True)
+    _check_counter("log_sums", log_sums, log_values, integer=False)
     if not torch.is_grad_enabled():
         return weights_TK
     if log_values is not None:
@@ -135,3 +119,14 @@ def attach_losses(
     return torch.ops.moe_layer.attach_losses(
         weights_TK, losses, scale, counts, tokens_per_expert, log_values, log_sums, aux_counts, aux_history
     )
+
+
+def _check_counter(name: str, counter: Tensor | None, values: Tensor | None, *, integer: bool) -> None:
+    if counter is None or values is None:
+        return
+    if integer and (counter.dtype != torch.int64 or values.is_floating_point()):
+        raise TypeError(
+            f"{name} must be int64 and what is added to it integers, got {counter.dtype} and {values.dtype}"
+        )
+    if counter.numel() != values.numel():
+        raise ValueError(f"{name} has {counter.numel()} entries and what is added to it {values.numel()}")
