@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Write a wheel into dist/: bash scripts/build_wheel.sh cpu|cuda
+# Write a wheel into $DIST_DIR (default dist/): bash scripts/build_wheel.sh cpu|cuda
 #
 #   cpu   moe_layer-VERSION-py3-none-any.whl: no compiled code, for every machine
 #   cuda  moe_layer-VERSION-cp310-abi3-linux_x86_64.whl: with the CUDA extension, for torch >= 2.11, Python >= 3.10. Needs nvcc
@@ -15,4 +15,4 @@ case "${1:-}" in
 esac
 # setuptools keeps files of earlier builds in build/lib*, and would pack a library that is no longer wanted.
 rm -rf build/lib* build/bdist*
-exec "$PYTHON" -m pip wheel -q --disable-pip-version-check --no-index --no-build-isolation --no-deps -w dist .
+PYTHONWARNINGS=ignore exec "$PYTHON" -m pip wheel -q --disable-pip-version-check --no-index --no-build-isolation --no-deps -w "${DIST_DIR:-dist}" .
