@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_layer.config.train import TrainConfig
 from moe_layer.errors import TrainingError
 from moe_layer.observe.flops import peak_tflops, train_flops_per_token
 from moe_layer.observe.metrics import load_metrics
+from moe_layer.parallel import clip_grad_norm, sync_gradients
 from moe_layer.router import LOG_NAMES
 from moe_layer.train.data import VOCAB, Sampler, TextData, validation_batch
 from moe_layer.train.model import Decoder, token_losses
@@ -42,7 +43,7 @@ class Trainer:
         self.config, self.model, self.optimizer, self.text, self.world = config, model, optimizer, text, world
         self.layers = list(model.moe_layers())
         loop = config.train
-        self.micro_steps = loop.global_batch // (loop.micro_batch * world.size)
+        self.micro_steps = loop.global_batch // (loop.micro_batch * world.data_ranks)
         self._sampler = Sampler(
             text.train,
             sequence_length=config.data.sequence_length,
@@ -63,7 +64,7 @@ class Trainer:
             RoutingError, CapacityError, DispatchTimeout: what `layer.check()` found, before the parameters change.
         """
         cfg = self.config
-        batch = self._sampler.batch(step, rank=self.world.rank, ranks=self.world.size)
+        batch = self._sampler.batch(step, rank=self.world.data_rank, ranks=self.world.data_ranks)
         self.model.train()
         self.optimizer.zero_grad()
         for micro_BS in batch.split(cfg.train.micro_batch):
@@ -72,11 +73,8 @@ class Trainer:
             loss = losses.mean() / self.micro_steps
             loss.backward()
             self._loss += loss.detach()
-        if self.world.mesh is not None:
-            from moe_layer.parallel import sync_gradients
-
-            sync_gradients(self.model)
-        self._norm = self._clip(cfg.optimizer.clip_norm)
+        sync_gradients(self.model)
+        self._norm = clip_grad_norm(self.model, cfg.optimizer.clip_norm or float("inf"))
         for layer in self.layers:
             layer.check()
         lr = learning_rate(step, config=cfg.optimizer, steps=cfg.train.steps)
@@ -97,10 +95,10 @@ class Trainer:
         for layer_stats in stats:
             packed.append(layer_stats["load"].double())
             packed.append(torch.stack([layer_stats[name].double() for name in LOG_NAMES]))
-        flat = self.world.sum(torch.cat([p.reshape(-1) for p in packed]))
+        flat = self.world.total(torch.cat([p.reshape(-1) for p in packed]))
         values = torch.cat([flat, self._norm.double().reshape(1)]).tolist()
         seconds = time.perf_counter() - self._window_start
-        loss = values[0] / self.world.size / self._window_steps
+        loss = values[0] / self.world.data_ranks / self._window_steps
         if not (abs(loss) < float("inf") and abs(values[-1]) < float("inf")):
             raise TrainingError(
                 f"step {step}: loss is {loss} and gradient norm {values[-1]}, not finite; lower optimizer.lr "
@@ -118,13 +116,13 @@ class Trainer:
         """Mean loss over `train.val_batches` micro-batches per rank of evenly spaced windows, and every expert's tokens."""
         cfg, world = self.config, self.world
         per_rank = cfg.train.val_batches * cfg.train.micro_batch
-        total = per_rank * world.size
+        total = per_rank * world.data_ranks
         experts = cfg.moe.router.num_experts
         counts_LE = torch.zeros(len(self.layers), experts, dtype=torch.int64, device=world.device)
         loss = torch.zeros((), dtype=torch.float64, device=world.device)
         self.model.eval()
         began = time.perf_counter()
-        for first in range(world.rank * per_rank, (world.rank + 1) * per_rank, cfg.train.micro_batch):
+        for first in range(world.data_rank * per_rank, (world.data_rank + 1) * per_rank, cfg.train.micro_batch):
             indices = range(first, first + cfg.train.micro_batch)
             rows = validation_batch(
                 self.text.val, sequence_length=cfg.data.sequence_length, sequences=total, indices=indices
@@ -134,18 +132,10 @@ class Trainer:
             loss += token_losses(out.logits, tokens_BS[:, 1:]).double().mean()
             counts_LE += torch.stack([routing.counts_E for routing in out.routings])
         self.model.train()
-        flat = world.sum(torch.cat([loss.reshape(1), counts_LE.double().reshape(-1)])).tolist()
+        flat = world.total(torch.cat([loss.reshape(1), counts_LE.double().reshape(-1)])).tolist()
         self._window_start += time.perf_counter() - began  # validation is not training time
-        rows_LE = [[int(c) for c in flat[1 + i * experts : 1 + (i + 1) * experts]] for i in range(len(self.layers))]
-        return Validation(loss=flat[0] / (cfg.train.val_batches * world.size), counts=rows_LE)
-
-    def _clip(self, max_norm: float) -> Tensor:
-        limit = max_norm if max_norm > 0 else float("inf")
-        if self.world.mesh is not None:
-            from moe_layer.parallel import clip_grad_norm
-
-            return clip_grad_norm(self.model, limit)
-        return nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        rows_LE = [[round(c) for c in flat[1 + i * experts : 1 + (i + 1) * experts]] for i in range(len(self.layers))]
+        return Validation(loss=flat[0] / (cfg.train.val_batches * world.data_ranks), counts=rows_LE)
 
     def _to_device(self, rows_BS: Tensor) -> Tensor:
         if self.world.device.type == "cuda":
@@ -156,7 +146,7 @@ class Trainer:
         """Per-layer counts and loss sums of the window as `moe/...` and `loss/...` numbers."""
         experts, width = self.config.moe.router.num_experts, self.config.moe.router.num_experts + len(LOG_NAMES)
         rows = [values[i * width : (i + 1) * width] for i in range(len(self.layers))]
-        counts = [[int(c) for c in row[:experts]] for row in rows]
+        counts = [[round(c) for c in row[:experts]] for row in rows]
         logs = [dict(zip(LOG_NAMES, row[experts:], strict=True)) for row in rows]
         calls = max(1.0, sum(log["micro_batches"] for log in logs))
         slots = max(1.0, sum(log["tokens"] for log in logs) * self.config.moe.router.top_k)

@@ -21,6 +21,7 @@ from moe_layer.errors import ConfigError
 from moe_layer.observe.flops import count_parameters
 from moe_layer.observe.metrics import MetricsWriter, format_line, load_metrics
 from moe_layer.observe.plots import plot_run
+from moe_layer.parallel import parallelize
 from moe_layer.train import checkpoint
 from moe_layer.train.console import Console, StopRequest, stop_on_signals
 from moe_layer.train.data import TextData, load_text
@@ -79,8 +80,6 @@ def build_model(config: TrainConfig, world: World) -> Decoder:
         activation_checkpointing=config.train.activation_checkpointing,
     ).to(world.device)
     if world.mesh is not None:
-        from moe_layer.parallel import parallelize
-
         parallelize(model, world.mesh)
     if config.train.compile:
         for block in model.blocks:
@@ -273,7 +272,7 @@ def _finish(folder: Path, trainer: Trainer, validation: Validation, sample: str)
     (folder / "sample.txt").write_text(sample, encoding="utf-8")
     try:
         picture = str(plot_run(folder))
-    except ImportError as error:
+    except (ImportError, ValueError) as error:  # no matplotlib, or nothing was left to train
         picture = f"none: {error}"
     layers = [i for i, block in enumerate(trainer.model.blocks) if block.is_moe]
     saved = checkpoint.checkpoints(folder / "checkpoints")

@@ -19,12 +19,18 @@ from moe_layer.train.checkpoint import Layout
 
 @dataclass(frozen=True)
 class World:
-    """This rank's place. `mesh` is None for a single process."""
+    """This rank's place.
+
+    Attributes:
+        mesh: ("dp", "ep"), or None for a single process.
+        copies: ranks that see the same data: ep under `dispatch.backend: replicated`, else 1.
+    """
 
     rank: int
     layout: Layout
     device: torch.device
     mesh: DeviceMesh | None
+    copies: int = 1
 
     @property
     def size(self) -> int:
@@ -34,11 +40,21 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over all ranks, in place."""
+    @property
+    def data_ranks(self) -> int:
+        """Into how many parts a batch is cut."""
+        return self.size // self.copies
+
+    @property
+    def data_rank(self) -> int:
+        """Which part is this rank's."""
+        return self.rank // self.copies
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Sum over the parts of the batch, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
-        return tensor
+        return tensor.div_(self.copies) if self.copies > 1 else tensor
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -76,15 +92,20 @@ def plan_layout(config: TrainConfig) -> Layout:
     elif dp is not None and dp * ep != world:
         problems.append(f"parallel.dp ({dp}) times parallel.ep ({ep}) must be the number of ranks ({world}); leave dp out")
     loop = config.train
-    if loop.global_batch % (loop.micro_batch * world):
-        share = max(1, loop.global_batch // world)
+    parts = max(1, world // _copies(config))
+    if loop.global_batch % (loop.micro_batch * parts):
+        share = max(1, loop.global_batch // parts)
         problems.append(
             f"train.global_batch ({loop.global_batch}) must be divisible by train.micro_batch ({loop.micro_batch}) times the "
-            f"number of ranks ({world}); try train.micro_batch={share} train.global_batch={share * world}"
+            f"number of ranks with data of their own ({parts}); try train.micro_batch={share} train.global_batch={share * parts}"
         )
     if problems:
         raise ConfigError(problems)
     return Layout(world=world, dp=world // ep, ep=ep)
+
+
+def _copies(config: TrainConfig) -> int:
+    return config.parallel.ep if config.moe.dispatch.backend == "replicated" else 1
 
 
 def pick_device(name: str) -> torch.device:
@@ -121,6 +142,6 @@ def join(config: TrainConfig) -> Iterator[World]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         mesh = init_device_mesh(device.type, (layout.dp, layout.ep), mesh_dim_names=("dp", "ep"))
-        yield World(rank=dist.get_rank(), layout=layout, device=device, mesh=mesh)
+        yield World(rank=dist.get_rank(), layout=layout, device=device, mesh=mesh, copies=_copies(config))
     finally:
         dist.destroy_process_group()
