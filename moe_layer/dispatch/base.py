@@ -54,8 +54,21 @@ def wire_dtype(config: DispatchConfig, dtype: torch.dtype) -> torch.dtype:
 
 
 def round_to_wire(values: Tensor, wire: torch.dtype) -> Tensor:
-    """The rounding of a trip in `wire`, for rows that need not travel: numerics must not depend on R."""
-    return values if values.dtype == wire else values.to(wire).to(values.dtype)
+    """The rounding of a trip in `wire`, for rows that need not travel: numerics must not depend on R.
+
+    The gradient passes unrounded: it travels the other way, in the dispatch format.
+    """
+    return values if values.dtype == wire else _RoundToWire.apply(values, wire)
+
+
+class _RoundToWire(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, wire: torch.dtype) -> Tensor:
+        return values.to(wire).to(values.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def finish(sum_TD: Tensor, add: Tensor | None, *, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moe_layer.config.model import DispatchConfig
 from moe_layer.dispatch.arrange import Arrangement, arrange, gather_slots, scatter_slots
-from moe_layer.dispatch.base import finish, wire_dtype
+from moe_layer.dispatch.base import finish, round_to_wire, wire_dtype
 from moe_layer.dispatch.plan import make_plan
 from moe_layer.dispatch.route import Pending, Route, pick_home, sum_home
 from moe_layer.dispatch.source import SlotTrip
@@ -124,10 +124,15 @@ class ExchangeDispatcher:
     @torch.compiler.disable(reason="dispatch over several ranks talks to its peers: a documented graph break")
     def combine_send(self, rows: Tensor, received: Received) -> tuple[Any, Tensor]:
         call: Call = received.state
-        if self.config.apply_probs != "activation" and not self.probs_at_home:
-            wide = torch.promote_types(rows.dtype, torch.float32)
+        if self.probs_at_home:
+            trip: Any = SlotTrip(call)
+        elif self.config.apply_probs == "activation":
+            trip = PartialTrip(call, wire=call.wire)
+        else:
+            wide, source = torch.promote_types(rows.dtype, torch.float32), self.config.apply_probs == "source"
+            rows = round_to_wire(rows, call.wire) if source else rows  # the same rounding as rows that travel home
             rows = rows.to(wide) * received.probs_N.to(wide).unsqueeze(1)
-        trip = SlotTrip(call) if self.probs_at_home else PartialTrip(call)
+            trip = PartialTrip(call, wire=wide if source else call.wire)
         return trip, _CombineSend.apply(rows, trip)
 
     @torch.compiler.disable(reason="dispatch over several ranks talks to its peers: a documented graph break")
@@ -162,8 +167,9 @@ class ExchangeDispatcher:
 class PartialTrip:
     """Combine with one pre-reduced row per (token, rank)."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, *, wire: torch.dtype) -> None:
         self.call = call
+        self.wire = wire
 
     def send(self, rows_ND: Tensor) -> None:
         call, d = self.call, self.call.dispatcher
@@ -175,7 +181,7 @@ class PartialTrip:
             num_experts=d.num_experts,
             blocks=d.blocks,
         )
-        tensors = [part_CD.to(call.wire)]
+        tensors = [part_CD.to(self.wire)]
         if call.arranged.kept_C is not None and d.config.overflow == "drop":
             tensors.append(call.arranged.kept_C.to(torch.uint8).unsqueeze(1))
         call.pending["combine"] = call.route.back(call.link.at("combine"), tensors)

@@ -76,6 +76,10 @@ class LocalDispatcher:
 
     def combine(self, rows: Tensor, received: Received, add: Tensor | None = None) -> Tensor:
         state: LocalState = received.state
+        wire = wire_dtype(self.config, state.dtype)
+        rows_travel = self.config.apply_probs == "source"
+        if rows_travel:
+            rows = round_to_wire(rows, wire)
         sum_TD = tree_reduce(
             rows,
             received.row_CK,
@@ -85,7 +89,7 @@ class LocalDispatcher:
             num_experts=self.num_experts,
             blocks=self.blocks,
         )
-        return finish(round_to_wire(sum_TD, wire_dtype(self.config, state.dtype)), add, dtype=state.dtype)
+        return finish(sum_TD if rows_travel else round_to_wire(sum_TD, wire), add, dtype=state.dtype)
 
     def check(self) -> None:
         """Nothing is reported late here."""

@@ -62,7 +62,7 @@ class SlotTrip:
         d_home_PD, d_weights_TK = torch.ops.moe_layer.tree_reduce_bwd(
             d_sum_TD, home_PD, self._home_TK, weights_TK, None, home_PD.shape[0]
         )
-        rows = d_home_PD.to(self.call.wire)
+        rows = d_home_PD.to(self.call.dtype)
         at: Phase = "combine backward"
         self.call.pending[at] = self._exchange(at, rows, send_R=self._home_R, recv_R=self._send_R)
         return d_weights_TK.to(weights_TK.dtype)
