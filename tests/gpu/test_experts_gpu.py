@@ -101,22 +101,24 @@ def test_capture_replays_with_another_routing() -> None:
     experts = _experts()
     first, second = (_to_cuda(make_received(*_inputs(), num_experts=E)) for _ in range(2))
     upstream = torch.randn(T * K, D, device="cuda").to(BF16)
-    want = experts(second)
-    want = [want, *_gradients(experts, second, want, upstream)]
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
             _gradients(experts, first, experts(first), upstream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         rows = experts(first)
-        got = [rows, *_gradients(experts, first, rows, upstream)]
+        got = [rows.detach(), *_gradients(experts, first, rows, upstream)]
     with torch.no_grad():
         for field in dataclasses.fields(first):
             if isinstance(getattr(first, field.name), Tensor):
                 getattr(first, field.name).copy_(getattr(second, field.name))
     graph.replay()
+    torch.cuda.synchronize()
+    rows = experts(second)
+    want = [rows, *_gradients(experts, second, rows, upstream)]
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 

@@ -234,9 +234,7 @@ def test_gpt_oss_experts_of_transformers() -> None:
     theirs = gpt_oss.GptOssExperts(config).double()
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=2.0)  # so that the limit of 7 is reached
-    ours = make_experts(
-        activation="swiglu_clamped", bias=True, clamp_limit=config.swiglu_limit, clamp_alpha=config.swiglu_alpha
-    )
+    ours = make_experts(activation="swiglu_clamped", bias=True, clamp_limit=theirs.limit, clamp_alpha=theirs.alpha)
 
     def to_ours(name: str, value: Tensor) -> Tensor:
         if name.startswith("gate_up"):
