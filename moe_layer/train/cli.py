@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     overrides = list(arguments.overrides)
     if arguments.resume is not None:
-        overrides.append(f"train.resume={arguments.resume}")
+        overrides.append(f"train.resume={json.dumps(arguments.resume)}")  # quoted: a path may look like a number
     config = load_config(arguments.config, overrides, kind=TrainConfig)
     if arguments.dry_run:
         from moe_layer.train.dryrun import describe, estimate

@@ -1,4 +1,4 @@
-"""Configuration keys whose effect shows only between ranks; tests/unit/test_every_key.py names these tests as proofs."""
+"""Keys whose effect shows only between ranks; tests/unit/test_every_key.py names these tests as proofs."""
 
 from __future__ import annotations
 

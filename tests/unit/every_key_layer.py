@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_layer.config import MoEConfig
+from moe_layer.errors import CapacityError
 from moe_layer.layer import MoELayer
 from moe_layer.types import RoutingDecision
 from tests.unit.every_key import Case
@@ -70,6 +71,13 @@ def received(config: MoEConfig) -> Any:
     return tuple(got.rows.shape), got.index_N is None, got.act_probs_N is None, offsets, tuple(got.probs_N.shape)
 
 
+def received_or_overflow(config: MoEConfig) -> Any:
+    try:
+        return received(config)
+    except CapacityError:
+        return "overflow"
+
+
 def saved_bytes(config: MoEConfig) -> int:
     """Bytes that the forward pass keeps for the backward pass."""
     layer, x = _layer(config)
@@ -118,6 +126,7 @@ GROUPS = ("router.num_groups=4", "router.group_topk=2")
 BIAS = ("router.score_function=sigmoid", "router.expert_bias=true")
 SHARED = ("shared_expert.intermediate_size=16",)
 AUX = ("losses.aux=batch", "losses.aux_coeff=0.1")
+STATIC = ("dispatch.capacity=static",)
 CLAMPED = ("experts.activation=swiglu_clamped", "experts.init_std=0.5")
 
 LAYER_CASES = (
@@ -161,6 +170,16 @@ LAYER_CASES = (
     Case("moe.dispatch.alignment", "8", received),
     Case("moe.dispatch.apply_probs", "combine", received),
     Case("moe.dispatch.combine_format", "bf16", numbers),
+    Case(
+        "moe.dispatch.capacity",
+        "static",
+        received,
+        ("dispatch.alignment=8",),
+        raises="static dispatch buffer of 48 rows",
+    ),
+    Case("moe.dispatch.static_factor", "2.0", received, STATIC),
+    Case("moe.dispatch.overflow", "drop", received_or_overflow, (*STATIC, "dispatch.static_factor=0.5")),
+    Case("moe.dispatch.max_tokens_per_rank", "48", received, STATIC),
     Case("moe.replay.weights", "recorded", replayed),
     Case("moe.replay.weights", "straight_through", replayed),
     Case("moe.replay.on_missing", "raise", replayed_with_gaps, raises="replay slots are -1"),

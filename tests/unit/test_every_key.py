@@ -31,22 +31,16 @@ SMALL = [
 
 ELSEWHERE = {
     "moe.kernels": "tests/unit/test_every_key.py::test_kernels",
+    "moe.dispatch.backend": "tests/distributed/test_keys.py::test_backend",
+    "moe.dispatch.reduce": "tests/distributed/test_keys.py::test_reduce",
+    "moe.dispatch.deadline_s": "tests/distributed/test_keys.py::test_deadline_s",
+    "moe.losses.aux_group": "tests/distributed/test_keys.py::test_aux_group",
     # one legal value in this version: what it changes is that every other one is refused
     "moe.dispatch.dispatch_format": "tests/unit/test_config_load.py::test_features_rejected_by_name",
 }
 """Key -> the test that proves it, where a pair of single-process observations cannot."""
 
-PENDING = {
-    "moe.router.pad_to_capacity",
-    "moe.losses.aux_group",
-    "moe.dispatch.backend",
-    "moe.dispatch.capacity",
-    "moe.dispatch.static_factor",
-    "moe.dispatch.overflow",
-    "moe.dispatch.reduce",
-    "moe.dispatch.max_tokens_per_rank",
-    "moe.dispatch.deadline_s",
-}
+PENDING = {"moe.router.pad_to_capacity"}
 """Keys of parts that are still being built. Must be empty when issue 2 is resolved."""
 
 
