@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -11,13 +11,24 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from moe_layer.config.model import MoEConfig
 from moe_layer.dispatch.plan import check_divisible
 from moe_layer.errors import ConfigError
 from moe_layer.parallel import compat
 from moe_layer.parallel.context import ParallelContext
 
-if TYPE_CHECKING:
-    from moe_layer.layer import MoELayer
+
+class ParallelLayer(Protocol):
+    """What `parallelize` needs of a layer; `MoELayer` is one. (This package lies below it and cannot import it.)"""
+
+    config: MoEConfig
+    experts: nn.Module
+    router: Any
+    dispatcher: Any
+
+    def bind(self, context: ParallelContext | None, *, layer_index: int = 0) -> None:
+        """Attach the groups and make the dispatcher."""
+        ...
 
 
 def parallelize(model: nn.Module, mesh: DeviceMesh) -> ParallelContext:
@@ -59,14 +70,13 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> ParallelContext:
     return context
 
 
-def moe_layers(model: nn.Module) -> list[MoELayer]:
+def moe_layers(model: nn.Module) -> list[ParallelLayer]:
     """Every MoELayer in the model, in registration order."""
-    from moe_layer.layer import MoELayer
+    parts = ("bind", "config", "experts", "router", "dispatcher")
+    return [module for module in model.modules() if all(hasattr(module, part) for part in parts)]  # type: ignore[misc]
 
-    return [module for module in model.modules() if isinstance(module, MoELayer)]
 
-
-def expert_parameters(model: nn.Module) -> Iterator[tuple[MoELayer, nn.Parameter]]:
+def expert_parameters(model: nn.Module) -> Iterator[tuple[ParallelLayer, nn.Parameter]]:
     """The routed experts' parameters (not the shared expert's) with their layers."""
     for layer in moe_layers(model):
         for parameter in layer.experts.parameters():

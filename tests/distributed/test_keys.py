@@ -31,7 +31,7 @@ def _dispatch(config: DispatchConfig, context: ParallelContext) -> tuple[Receive
 
 
 def test_backend(ranks: ThreadRanks) -> None:
-    """all_to_all sends rank 1 nothing, all_gather every token of both ranks, replicated takes the six that are there."""
+    """all_to_all sends rank 1 nothing, all_gather every token of both ranks, replicated takes the six at hand."""
     rows = {}
     for backend in ("auto", "all_to_all", "all_gather", "replicated"):
         config = replace(BASE, backend=backend)
