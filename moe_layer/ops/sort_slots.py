@@ -17,12 +17,15 @@ from torch import Tensor
 
 class SlotOrder(NamedTuple):
     """slot_N: flat slot `c*K + k` of each row, -1 for pads and the tail; row_CK: its inverse, -1 where the slot is absent;
-    offsets_L1: row boundaries, pads included; counts_L: real rows. All int32."""
+    offsets_L1: row boundaries, pads included; counts_L: real rows; token_N: compact row c of each row, -1 for pads and the
+    tail; index_N: the same with 0 there, which may be gathered. All int32."""
 
     slot_N: Tensor
     row_CK: Tensor
     offsets_L1: Tensor
     counts_L: Tensor
+    token_N: Tensor
+    index_N: Tensor
 
 
 def sort_slots(ids_CK: Tensor, *, first_expert: int, num_local: int, alignment: int, num_rows: int) -> SlotOrder:
@@ -39,7 +42,7 @@ def sort_slots(ids_CK: Tensor, *, first_expert: int, num_local: int, alignment: 
 @torch.library.custom_op("moe_layer::sort_slots", mutates_args=())
 def _sort_slots(
     ids: Tensor, first_expert: int, num_local: int, alignment: int, num_rows: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     local_P = ids.flatten() - first_expert
     local_P = torch.where((ids.flatten() >= 0) & (local_P >= 0) & (local_P < num_local), local_P, num_local)
     order_P = _stable_order(local_P, num_local)
@@ -55,12 +58,17 @@ def _sort_slots(
     slot_N = torch.full((num_rows + 1,), -1, dtype=torch.int32, device=ids.device)
     slot_N.scatter_(0, row_P, order_P.to(torch.int32))
     row_CK = torch.empty_like(local_P).scatter_(0, order_P, torch.where(key_P < num_local, row_P, -1).to(torch.int32))
-    return slot_N[:-1].clone(), row_CK.view(ids.shape), offsets_L1.to(torch.int32), counts_L.to(torch.int32)
+    slot_N = slot_N[:-1].clone()
+    index_N = slot_N.clamp_min(0) // max(ids.shape[1], 1)
+    token_N = torch.where(slot_N >= 0, index_N, -1)
+    return slot_N, row_CK.view(ids.shape), offsets_L1.to(torch.int32), counts_L.to(torch.int32), token_N, index_N
 
 
 @_sort_slots.register_fake
 def _(ids, first_expert, num_local, alignment, num_rows):  # type: ignore[no-untyped-def]
-    new = [ids.new_empty(shape, dtype=torch.int32) for shape in ((num_rows,), ids.shape, (num_local + 1,), (num_local,))]
+    rows = (num_rows,)
+    shapes = (rows, ids.shape, (num_local + 1,), (num_local,), rows, rows)
+    new = [ids.new_empty(shape, dtype=torch.int32) for shape in shapes]
     return tuple(new)
 
 

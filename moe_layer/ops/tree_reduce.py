@@ -36,6 +36,9 @@ def tree_reduce(
     src_N: Tensor | None = None,
     num_experts: int,
     blocks: int,
+    add_MD: Tensor | None = None,
+    round_to_rows: bool = False,
+    like_rows: bool = False,
 ) -> Tensor:
     """Sum the rows of each token in the fixed tree order.
 
@@ -47,16 +50,43 @@ def tree_reduce(
         src_N: optional int32 `[N]`, the m of each row (-1: none); spares the backward an inversion of `row_MK`.
         num_experts: range of the ids.
         blocks: number of equal blocks of experts.
+        add_MD: optional floating `[M, D]`, joined after the tree (a shared expert's output).
+        round_to_rows: round the tree's sum to the rows' dtype before `add_MD` is joined, as a wire of that dtype would.
+        like_rows: return the rows' dtype.
 
     Returns:
-        `[M, D]` fp32 (fp64 for fp64 rows); zeros for a token without slots.
+        `[M, D]` fp32 (fp64 for fp64 rows) unless `like_rows`; zeros for a token without slots.
     """
-    return torch.ops.moe_layer.tree_reduce(rows_ND, row_MK, ids_MK, weights_MK, src_N, num_experts, blocks)
+    if add_MD is not None:
+        add_MD = add_MD.to(rows_ND.dtype if like_rows else _accumulation_dtype(rows_ND.dtype))
+    return torch.ops.moe_layer.tree_reduce(
+        rows_ND, row_MK, ids_MK, weights_MK, src_N, num_experts, blocks, add_MD, round_to_rows, like_rows
+    )
 
 
 @torch.library.custom_op("moe_layer::tree_reduce", mutates_args=())
 def _tree_reduce(
-    rows: Tensor, row_index: Tensor, ids: Tensor, weights: Tensor | None, src: Tensor | None, num_experts: int, blocks: int
+    rows: Tensor,
+    row_index: Tensor,
+    ids: Tensor,
+    weights: Tensor | None,
+    src: Tensor | None,
+    num_experts: int,
+    blocks: int,
+    add: Tensor | None = None,
+    round_to_rows: bool = False,
+    like_rows: bool = False,
+) -> Tensor:
+    out = _tree_sum(rows, row_index, ids, weights, num_experts=num_experts, blocks=blocks)
+    if round_to_rows:
+        out = out.to(rows.dtype).to(out.dtype)
+    if add is not None:
+        out = out + add.to(out.dtype)
+    return out.to(rows.dtype) if like_rows else out
+
+
+def _tree_sum(
+    rows: Tensor, row_index: Tensor, ids: Tensor, weights: Tensor | None, *, num_experts: int, blocks: int
 ) -> Tensor:
     M, D = row_index.shape[0], rows.shape[1]
     wide = rows.to(_accumulation_dtype(rows.dtype)).contiguous()
@@ -75,8 +105,9 @@ def _tree_reduce(
 
 
 @_tree_reduce.register_fake
-def _(rows, row_index, ids, weights, src, num_experts, blocks):  # type: ignore[no-untyped-def]
-    return rows.new_empty(row_index.shape[0], rows.shape[1], dtype=_accumulation_dtype(rows.dtype))
+def _(rows, row_index, ids, weights, src, num_experts, blocks, add=None, round_to_rows=False, like_rows=False):  # type: ignore[no-untyped-def]
+    dtype = rows.dtype if like_rows else _accumulation_dtype(rows.dtype)
+    return rows.new_empty(row_index.shape[0], rows.shape[1], dtype=dtype)
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -224,20 +255,23 @@ def _(d_out, rows, row_index, weights, src, num_rows):  # type: ignore[no-untype
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    rows, row_index, _ids, weights, src, _num_experts, _blocks = inputs
+    rows, row_index, _ids, weights, src, _num_experts, _blocks, add, _round, _like = inputs
     ctx.set_materialize_grads(False)
     ctx.num_rows, ctx.rows_dtype = rows.shape[0], rows.dtype
     ctx.weights_dtype = None if weights is None else weights.dtype
+    ctx.add_dtype = None if add is None else add.dtype
     ctx.save_for_backward(None if weights is None else rows, row_index, weights, src)
 
 
 def _backward(ctx, d_out):  # type: ignore[no-untyped-def]
     if d_out is None:
-        return (None,) * 7
+        return (None,) * 10
     rows, row_index, weights, src = ctx.saved_tensors
+    d_add = None if ctx.add_dtype is None else d_out.to(ctx.add_dtype)
+    d_out = d_out.to(_accumulation_dtype(d_out.dtype))
     d_rows, d_weights = torch.ops.moe_layer.tree_reduce_bwd(d_out, rows, row_index, weights, src, ctx.num_rows)
     d_weights = None if weights is None else d_weights.to(ctx.weights_dtype)
-    return d_rows.to(ctx.rows_dtype), None, None, d_weights, None, None, None
+    return d_rows.to(ctx.rows_dtype), None, None, d_weights, None, None, None, d_add, None, None
 
 
 _tree_reduce.register_autograd(_backward, setup_context=_setup_context)

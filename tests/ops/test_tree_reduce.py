@@ -160,3 +160,23 @@ def test_compiles_fullgraph() -> None:
 
 def test_blocks() -> None:
     assert [reduction_blocks(e) for e in (1, 2, 4, 6, 8, 12, 60, 64, 7)] == [1, 2, 4, 2, 8, 4, 4, 8, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rounding_and_addition_are_part_of_the_op(dtype):
+    torch.manual_seed(0)
+    rows, add = torch.randn(40, 6, dtype=dtype), torch.randn(10, 6, dtype=dtype)
+    row_MK = torch.randperm(40)[:30].view(10, 3).int()
+    ids_MK = torch.rand(10, 8).argsort(1)[:, :3].int()
+    plain = tree_reduce(rows, row_MK, ids_MK=ids_MK, num_experts=8, blocks=8)
+    wanted = (plain.to(dtype).to(plain.dtype) + add.to(plain.dtype)).to(dtype)
+    rows.requires_grad_()
+    add.requires_grad_()
+    got = tree_reduce(
+        rows, row_MK, ids_MK=ids_MK, num_experts=8, blocks=8, add_MD=add, round_to_rows=True, like_rows=True
+    )
+    assert got.dtype == dtype and torch.equal(got, wanted)
+    upstream = torch.randn_like(got)
+    d_rows, d_add = torch.autograd.grad(got, (rows, add), upstream)
+    assert torch.equal(d_add, upstream)
+    assert torch.equal(d_rows[row_MK.flatten().long()], upstream.repeat_interleave(3, 0))
