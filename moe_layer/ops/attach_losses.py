@@ -77,6 +77,17 @@ def _backward(ctx: Any, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
+class _EagerDoor(torch.autograd.Function):
+    """The op's autograd for eager mode, from the same two functions; see `route_topk._EagerDoor` for why."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        return torch.ops.moe_layer.attach_losses(*inputs)
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+
+
 def attach_losses(
     weights_TK: Tensor,
     losses: Tensor | None,
@@ -116,9 +127,10 @@ def attach_losses(
         return weights_TK
     if log_values is not None:
         log_values = log_values.detach()
-    return torch.ops.moe_layer.attach_losses(
-        weights_TK, losses, scale, counts, tokens_per_expert, log_values, log_sums, aux_counts, aux_history
-    )
+    inputs = (weights_TK, losses, scale, counts, tokens_per_expert, log_values, log_sums, aux_counts, aux_history)
+    if torch.compiler.is_compiling():
+        return torch.ops.moe_layer.attach_losses(*inputs)
+    return _EagerDoor.apply(*inputs)
 
 
 def _check_counter(name: str, counter: Tensor | None, values: Tensor | None, *, integer: bool) -> None:

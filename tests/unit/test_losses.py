@@ -34,8 +34,8 @@ def literal_loss(logits: Tensor, valid: list[bool] | None = None) -> Tensor:
     return total
 
 
-@settings(max_examples=60)
-@given(st.integers(0, 9), st.integers(0, 2**31))
+@settings(max_examples=50)
+@given(st.integers(0, 5), st.integers(0, 2**31))
 def test_batch_loss_is_the_formula(num_tokens: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(num_tokens, E, generator=generator)
