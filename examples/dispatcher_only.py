@@ -47,9 +47,7 @@ def run() -> tuple[Tensor, Tensor]:
 
     routing = my_router(x_TD)
     received = dispatcher.dispatch(x_TD, routing)
-    rows_ND = my_experts(
-        received.rows, received.probs_N, received.offsets_L1.tolist(), received.expert_ids_L.tolist()
-    )
+    rows_ND = my_experts(received.rows, received.probs_N, received.offsets_L1.tolist(), received.expert_ids_L.tolist())
     y_TD = dispatcher.combine(rows_ND, received)
     return y_TD, x_TD * (routing.weights_TK * (routing.ids_TK + 1)).sum(dim=-1, keepdim=True)
 

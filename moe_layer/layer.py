@@ -177,7 +177,8 @@ class MoELayer(nn.Module):
             self.router.loss_scale.copy_(torch.as_tensor(scale))
 
     def update_bias(self) -> None:
-        """Step `expert_bias` by the load since the last call (all ranks together). No-op without a bias, in eval, frozen."""
+        """Step `expert_bias` by the load since the last call (all ranks together). No-op without a bias, in eval,
+        frozen."""
         self.router.update_bias()
 
     def collect_stats(self) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """The router module: gate GEMM, top-k selection, capacity, losses.
 
 Precision: the gate's operands and output follow `router.gate_dtype`; everything after the logits is fp32 (fp64 for fp64
-inputs). `expert_bias` and all counters stay fp32/int64 whatever `.to()` says (98% of tokens change experts when a trained
-bias is rounded to bf16).
+inputs). `expert_bias` and all counters stay fp32/int64 whatever `.to()` says (98% of tokens change experts when a
+trained bias is rounded to bf16).
 
 T tokens, D hidden, E experts, K top-k, S sequences.
 """
@@ -10,7 +10,7 @@ T tokens, D hidden, E experts, K top-k, S sequences.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,8 @@ class Router(nn.Module):
     """Chooses K of E experts for each token.
 
     Parameters: `weight [E, D]`, optional `bias [E]`. Buffers: `expert_bias [E]` fp32 (selection only, saved);
-    `tokens_per_expert [E]` int64, which grows in the backward of `attach_losses` only, so that it is right under every kind of
-    recompute; `loss_scale` 0-d fp32, set by the trainer.
+    `tokens_per_expert [E]` int64, which grows in the backward of `attach_losses` only, so that it is right under every
+    kind of recompute; `loss_scale` 0-d fp32, set by the trainer.
     """
 
     expert_bias: Tensor | None
@@ -62,14 +62,22 @@ class Router(nn.Module):
         self.context: ParallelContext | None = None
         num_experts = config.router.num_experts
         self.weight = nn.Parameter(torch.empty(num_experts, config.hidden_size, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if config.router.linear_bias else None
+        self.bias = (
+            nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if config.router.linear_bias else None
+        )
         has_bias = config.router.expert_bias
-        self.register_buffer("expert_bias", torch.zeros(num_experts, device=device, dtype=torch.float32) if has_bias else None)
+        self.register_buffer(
+            "expert_bias", torch.zeros(num_experts, device=device, dtype=torch.float32) if has_bias else None
+        )
         for name in ("tokens_per_expert", "balanced_until", "logged_until", "aux_history"):
             self.register_buffer(name, torch.zeros(num_experts, device=device, dtype=torch.int64), persistent=False)
         self.register_buffer("loss_scale", torch.ones((), device=device, dtype=torch.float32), persistent=False)
-        self.register_buffer("log_sums", torch.zeros(len(LOG_NAMES), device=device, dtype=torch.float32), persistent=False)
-        self.register_buffer("faults", torch.zeros(len(EVENT_NAMES), device=device, dtype=torch.int64), persistent=False)
+        self.register_buffer(
+            "log_sums", torch.zeros(len(LOG_NAMES), device=device, dtype=torch.float32), persistent=False
+        )
+        self.register_buffer(
+            "faults", torch.zeros(len(EVENT_NAMES), device=device, dtype=torch.int64), persistent=False
+        )
         self.reset_parameters()
 
     @torch.no_grad()
@@ -113,8 +121,8 @@ class Router(nn.Module):
             Routing whose `weights_TK` carry the gradient of the auxiliary losses (while training with grad enabled).
 
         Raises:
-            RoutingError: non-finite logits, missing or duplicate ids under a `raise` policy, ids out of range (at once on
-                CPU; by `check()` on CUDA and under torch.compile).
+            RoutingError: non-finite logits, missing or duplicate ids under a `raise` policy, ids out of range (at once
+                on CPU; by `check()` on CUDA and under torch.compile).
         """
         logits_TE = self.logits(x_TD)
         attaches = self.training and torch.is_grad_enabled()
@@ -255,8 +263,10 @@ class Router(nn.Module):
         sentences = {
             "out_of_range": "replay ids outside [0, {experts}); ids must be expert indices, or -1 for a missing slot",
             "slots_missing": "replay slots are -1; record them, or set replay.on_missing: live",
-            "duplicates": "replay slots repeat an expert of their row; repair the trace, or set replay.on_duplicate: refill",
-            "nonfinite_rows": "rows have NaN or infinite router logits; find their source, or set router.nonfinite: count",
+            "duplicates": "replay slots repeat an expert of their row; repair the trace, or set "
+            "replay.on_duplicate: refill",
+            "nonfinite_rows": "rows have NaN or infinite router logits; find their source, or set "
+            "router.nonfinite: count",
         }
         if found:
             experts = self.config.router.num_experts
@@ -264,7 +274,8 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def update_bias(self) -> None:
-        """End of an optimiser step: move `expert_bias` by the load since the last call, forget the `global` loss's history.
+        """End of an optimiser step: move `expert_bias` by the load since the last call, forget the `global` loss's
+        history.
 
         The bias stays as it is in evaluation mode.
         """
@@ -281,8 +292,8 @@ class Router(nn.Module):
         """Sums over this rank's backward passes since the last call, as device tensors.
 
         Returns:
-            `load` int64 [E]; and 0-d fp32 for each of LOG_NAMES: `aux`, `z` (unscaled, divide by `micro_batches`), `tokens`,
-            `dropped`, and `route_topk`'s events.
+            `load` int64 [E]; and 0-d fp32 for each of LOG_NAMES: `aux`, `z` (unscaled, divide by `micro_batches`),
+            `tokens`, `dropped`, and `route_topk`'s events.
         """
         stats = dict(zip(LOG_NAMES, self.log_sums.clone().unbind(), strict=True))
         stats["load"] = self.tokens_per_expert - self.logged_until

@@ -6,8 +6,10 @@ rows (one per received token), R ranks of the EP group, S sequences.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -108,9 +110,12 @@ class Routing:
 class DispatchPlan:
     """What this rank's ids determine, without communication. Made by `moe_layer.dispatch.plan.make_plan`.
 
+    Everything but the ids is computed when it is first asked for: one rank needs none of it.
+
     Attributes:
         ids_TK: int32 ids the plan was made from.
         num_experts, num_ranks: E and R; rank r owns experts `[r*E/R, (r+1)*E/R)`.
+        make: returns the four tensors below.
         counts_E: int32, routed slots of this rank per global expert.
         send_tokens: int32 [sum(send_counts_R)], token indices grouped by destination rank, ascending inside a group;
             a token appears once per destination rank.
@@ -121,10 +126,66 @@ class DispatchPlan:
     ids_TK: Tensor
     num_experts: int
     num_ranks: int
-    counts_E: Tensor
-    send_tokens: Tensor
-    send_counts_R: Tensor
-    position_TR: Tensor
+    make: Callable[[], tuple[Tensor, Tensor, Tensor, Tensor]] = field(repr=False)
+
+    @cached_property
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.make()
+
+    @property
+    def counts_E(self) -> Tensor:
+        return self._parts[0]
+
+    @property
+    def send_tokens(self) -> Tensor:
+        return self._parts[1]
+
+    @property
+    def send_counts_R(self) -> Tensor:
+        return self._parts[2]
+
+    @property
+    def position_TR(self) -> Tensor:
+        return self._parts[3]
+
+
+class GradientLink:
+    """Hands d(y) [T, D] from combine's backward to the experts' backward, so that d(rows) [N, D] is never written.
+
+    A dispatcher offers a link (`Received.link`); an expert backend that can gather d(y) itself accepts it for the very
+    tensor that it returned; combine uses it only for that tensor. In place of d(rows) autograd then carries zeros without
+    memory: whatever else flows into d(rows) is added to them, and the experts' backward adds d(y) on top, so the sum is right
+    with or without other consumers of the rows.
+    """
+
+    def __init__(self, index_N: Tensor) -> None:
+        self.index_N = index_N
+        self._rows: weakref.ref[Tensor] | None = None
+        self._d_y: Tensor | None = None
+        self._zeros: Tensor | None = None
+
+    def accept(self, rows: Tensor) -> None:
+        """Called by the experts with their output."""
+        self._rows = weakref.ref(rows)
+
+    def accepted(self, rows: Tensor) -> bool:
+        """Whether `rows` is the tensor that was accepted, unchanged."""
+        return self._rows is not None and self._rows() is rows
+
+    def put(self, d_y_TD: Tensor) -> Tensor:
+        """Keep d(y) for `take`; returns the zeros [N, D] that stand for d(rows)."""
+        zero = torch.zeros((1, 1), dtype=d_y_TD.dtype, device=d_y_TD.device)
+        self._d_y, self._zeros = d_y_TD, zero.expand(self.index_N.shape[0], d_y_TD.shape[1])
+        return self._zeros
+
+    def take(self, d_rows_ND: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(d(y) [T, D], None), or (d(rows) [N, D], d(y)) when others contributed to d(rows), or (d(rows), None)."""
+        d_y, zeros = self._d_y, self._zeros
+        self._d_y = self._zeros = None
+        if d_y is None or zeros is None:
+            return d_rows_ND, None
+        alone = d_rows_ND.data_ptr() == zeros.data_ptr() and d_rows_ND.stride() == zeros.stride()
+        return (d_y, None) if alone else (d_rows_ND, d_y)
 
 
 @dataclass(frozen=True)
@@ -138,13 +199,15 @@ class Received:
         index_N: None, or int32: compact row of each expert-major row (0 for pads, whose probability is 0).
         probs_N: fp32 routing probability of each expert-major row, 0 for pads.
         act_probs_N: what the expert activation multiplies by: `probs_N` under `apply_probs: activation`, else None.
-        offsets_L1: int32 [L+1], row boundaries per local expert, pads included. Rows past `offsets_L1[-1]` are undefined.
+        offsets_L1: int32 [L+1], row boundaries per local expert, pads included. Rows past `offsets_L1[-1]` are
+            undefined.
         counts_L: int32, real rows per local expert. counts_LR: the same split by source rank.
         expert_ids_L: int32, global ids of the local experts.
-        src_N3: int32 [N, 3]: source rank, token, slot of each row, -1 for pads.
+        src: `src_N3`, or a function that makes it: int32 [N, 3], source rank, token, slot of each row, -1 for pads.
         row_CK: int32 [N_c, K]: for each compact row and slot, its expert-major row, -1 when the slot is not local.
         ids_CK: int32 [N_c, K]: global expert ids of the compact rows' slots, -1 when the slot is not local.
         plan: the source plan. state: private to the dispatcher backend that made this value.
+        link: see `GradientLink`; None where gradients take the ordinary way.
     """
 
     rows: Tensor
@@ -155,8 +218,13 @@ class Received:
     counts_L: Tensor
     counts_LR: Tensor
     expert_ids_L: Tensor
-    src_N3: Tensor
+    src: Tensor | Callable[[], Tensor]
     row_CK: Tensor
     ids_CK: Tensor
     plan: DispatchPlan
     state: Any = None
+    link: GradientLink | None = None
+
+    @cached_property
+    def src_N3(self) -> Tensor:
+        return self.src if isinstance(self.src, Tensor) else self.src()

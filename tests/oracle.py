@@ -1,7 +1,7 @@
 """The whole layer as literal fp64 loops. Imports nothing of moe_layer: what it computes is what the documents say.
 
-Gradients come from autograd through the loops. The parts have oracles of their own in oracle_router.py, oracle_dispatch.py
-and oracle_experts.py.
+Gradients come from autograd through the loops. The parts have oracles of their own in oracle_router.py,
+oracle_dispatch.py and oracle_experts.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Literal loops for the dispatcher, importing nothing of moe_layer: plan, row order, sum tree, and a small expert layer in fp64."""
+"""Literal loops for the dispatcher, importing nothing of moe_layer: plan, row order, sum tree, and a small expert layer
+in fp64."""
 
 from __future__ import annotations
 

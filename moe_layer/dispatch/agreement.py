@@ -1,4 +1,5 @@
-"""Once, when a layer is bound: every rank's static facts in one fixed-size all-gather, so that no later message is misread."""
+"""Once, when a layer is bound: every rank's static facts in one fixed-size all-gather, so that no later message is
+misread."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ from moe_layer.parallel import compat
 _RECORD = 2048  # bytes of JSON per rank
 
 
-def static_facts(config: DispatchConfig, *, num_experts: int, top_k: int, layer_index: int, ranks: int) -> dict[str, Any]:
+def static_facts(
+    config: DispatchConfig, *, num_experts: int, top_k: int, layer_index: int, ranks: int
+) -> dict[str, Any]:
     """What all ranks of an EP group must agree about."""
     facts = {"num_experts": num_experts, "top_k": top_k, "layer": layer_index, "ranks": ranks}
     return facts | {f"dispatch.{name}": value for name, value in asdict(config).items()}
@@ -49,4 +52,6 @@ def agree(link: Link, facts: dict[str, Any]) -> None:
             f"{name}: " + ", ".join(f"{record.get(name)!r} on rank {rank}" for rank, record in enumerate(records))
             for name in differing
         )
-        raise RankMismatch(f"ranks of the EP group disagree about {lines}; start every rank with the same configuration")
+        raise RankMismatch(
+            f"ranks of the EP group disagree about {lines}; start every rank with the same configuration"
+        )

@@ -1,4 +1,5 @@
-"""From compact rows and their ids to expert-major rows: shared by all backends. Integers, plus two gathers with gradients.
+"""From compact rows and their ids to expert-major rows: shared by all backends. Integers, plus two gathers with
+gradients.
 
 Shape letters: C compact rows, K slots, N expert-major rows, L local experts, R ranks.
 """
@@ -20,7 +21,8 @@ from moe_layer.ops.sort_slots import SlotOrder, sort_slots
 
 @dataclass(frozen=True)
 class Arrangement:
-    """order: see `SlotOrder`; compact_N: compact row of each row, -1 for pads; src_N3, counts_LR, ids_CK: see `Received`;
+    """order: see `SlotOrder`; compact_N: compact row of each row, -1 for pads; src_N3, counts_LR, ids_CK: see
+    `Received`;
     kept_C: bool, False where a static buffer dropped the (token, rank) pair, None when nothing can be dropped;
     asked_CK: bool, slots of local experts before any were dropped."""
 
@@ -52,7 +54,8 @@ def arrange(
         rank_C, token_C: int32 source of each compact row; None at one rank, where row c is token c.
 
     Raises:
-        CapacityError: more rows than a static buffer holds and `overflow: error` (on CUDA at one rank: a device assertion).
+        CapacityError: more rows than a static buffer holds and `overflow: error` (on CUDA at one rank: a device
+            assertion).
     """
     C, K = ids_CK.shape
     local_CK = (ids_CK >= first_expert) & (ids_CK < first_expert + num_local)
@@ -85,11 +88,15 @@ def arrange(
         rank_N = gather_rows(rank_C.unsqueeze(1) + 1, compact_N).squeeze(1) - 1
         token_N = gather_rows(token_C.unsqueeze(1) + 1, compact_N).squeeze(1) - 1
         counts_LR = _split_counts(ids_CK - first_expert, rank_C, num_local=num_local, num_ranks=num_ranks)
-    return Arrangement(order, compact_N, torch.stack((rank_N, token_N, slot_N), dim=1), counts_LR, ids_CK, kept_C, local_CK)
+    return Arrangement(
+        order, compact_N, torch.stack((rank_N, token_N, slot_N), dim=1), counts_LR, ids_CK, kept_C, local_CK
+    )
 
 
 def _split_counts(local_CK: Tensor, rank_C: Tensor, *, num_local: int, num_ranks: int) -> Tensor:
-    flat = torch.where(local_CK >= 0, local_CK * num_ranks + rank_C.unsqueeze(1), num_local * num_ranks).flatten().long()
+    flat = (
+        torch.where(local_CK >= 0, local_CK * num_ranks + rank_C.unsqueeze(1), num_local * num_ranks).flatten().long()
+    )
     counts = torch.zeros(num_local * num_ranks + 1, dtype=torch.int32, device=flat.device)
     return counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))[:-1].view(num_local, num_ranks)
 

@@ -13,7 +13,8 @@ from moe_layer.types import DispatchPlan, Received, Routing
 
 
 class Dispatcher(Protocol):
-    """Tokens to the ranks of their experts and back. Calls keep no state on the object; it travels in handles and `Received`."""
+    """Tokens to the ranks of their experts and back. Calls keep no state on the object; it travels in handles and
+    `Received`."""
 
     def prepare(self, ids_TK: Tensor) -> DispatchPlan:
         """The plan of these ids, without communication."""
@@ -50,7 +51,9 @@ class Dispatcher(Protocol):
 
 def wire_dtype(config: DispatchConfig, dtype: torch.dtype) -> torch.dtype:
     """Dtype in which pre-reduced rows travel home."""
-    return {"input": dtype, "bf16": torch.bfloat16, "fp32": torch.promote_types(dtype, torch.float32)}[config.combine_format]
+    return {"input": dtype, "bf16": torch.bfloat16, "fp32": torch.promote_types(dtype, torch.float32)}[
+        config.combine_format
+    ]
 
 
 def round_to_wire(values: Tensor, wire: torch.dtype) -> Tensor:

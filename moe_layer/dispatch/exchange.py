@@ -2,9 +2,9 @@
 
     dispatch_send -> dispatch_recv -> experts -> combine_send -> combine_recv
 
-A send starts collectives and returns a `token`, an empty tensor that carries the graph edge to its recv; the recv waits. In backward
-the edges run the other way: recv's backward starts, send's backward waits. Each recv saves an empty tensor last: recompute
-that stops early, at the last tensor it needs, cannot leave a send without its recv.
+A send starts collectives and returns a `token`, an empty tensor that carries the graph edge to its recv; the recv
+waits. In backward the edges run the other way: recv's backward starts, send's backward waits. Each recv saves an empty
+tensor last: recompute that stops early, at the last tensor it needs, cannot leave a send without its recv.
 
 Shape letters: T tokens, C compact rows, K slots, N expert-major rows, D hidden, R ranks.
 """
@@ -90,9 +90,7 @@ class ExchangeDispatcher:
     def dispatch_send(self, x_TD: Tensor, routing: Routing, plan: DispatchPlan | None = None) -> tuple[Call, Tensor]:
         plan = self.prepare(routing.ids_TK) if plan is None else plan
         self._check_input(x_TD, routing)
-        call = Call(
-            self, self.open_route(self.link, plan), self.link, plan, x_TD.dtype, routing.weights_TK.dtype
-        )
+        call = Call(self, self.open_route(self.link, plan), self.link, plan, x_TD.dtype, routing.weights_TK.dtype)
         if self.probs_at_home:
             call.weights_TK = routing.weights_TK
         return call, _DispatchSend.apply(x_TD, routing.weights_TK, call)
@@ -114,7 +112,7 @@ class ExchangeDispatcher:
             counts_L=order.counts_L,
             counts_LR=arranged.counts_LR,
             expert_ids_L=torch.arange(first, first + self.num_local, dtype=torch.int32, device=rows.device),
-            src_N3=arranged.src_N3,
+            src=arranged.src_N3,
             row_CK=order.row_CK,
             ids_CK=arranged.ids_CK,
             plan=handle.plan,
@@ -159,9 +157,13 @@ class ExchangeDispatcher:
     def _check_input(self, x_TD: Tensor, routing: Routing) -> None:
         T, limit = x_TD.shape[0], self.config.max_tokens_per_rank
         if routing.ids_TK.shape != (T, self.top_k):
-            raise RoutingError(f"ids must be [{T}, {self.top_k}] for x of {T} tokens, got {tuple(routing.ids_TK.shape)}")
+            raise RoutingError(
+                f"ids must be [{T}, {self.top_k}] for x of {T} tokens, got {tuple(routing.ids_TK.shape)}"
+            )
         if limit is not None and T > limit:
-            raise CapacityError(f"{T} tokens exceed dispatch.max_tokens_per_rank ({limit}); raise it or send fewer tokens")
+            raise CapacityError(
+                f"{T} tokens exceed dispatch.max_tokens_per_rank ({limit}); raise it or send fewer tokens"
+            )
 
 
 class PartialTrip:
@@ -236,8 +238,8 @@ class _DispatchRecv(torch.autograd.Function):
         x_CD, meta, *weights = call.pending.pop("dispatch").wait()
         call.arranged = arranged = _arrange(call, ids_CK=meta[:, :-1] - 1, token_C=meta[:, -1])
         order = arranged.order
-        weights_CK = weights[0] if weights else torch.ones(
-            arranged.ids_CK.shape, dtype=call.weights_dtype, device=x_CD.device
+        weights_CK = (
+            weights[0] if weights else torch.ones(arranged.ids_CK.shape, dtype=call.weights_dtype, device=x_CD.device)
         )
         ctx.call = call
         rows = x_CD if d.config.rows == "compact" else gather_rows(x_CD, arranged.compact_N)
@@ -251,8 +253,12 @@ class _DispatchRecv(torch.autograd.Function):
         d = call.dispatcher
         assert call.arranged is not None
         order = call.arranged.order
-        part_CD = d_rows if d.config.rows == "compact" else tree_reduce(
-            d_rows, order.row_CK, ids_MK=call.arranged.ids_CK, num_experts=d.num_experts, blocks=d.blocks
+        part_CD = (
+            d_rows
+            if d.config.rows == "compact"
+            else tree_reduce(
+                d_rows, order.row_CK, ids_MK=call.arranged.ids_CK, num_experts=d.num_experts, blocks=d.blocks
+            )
         )
         tensors = [part_CD.to(call.wire)]
         if not d.probs_at_home:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from moe_layer.config.model import DispatchConfig
 from moe_layer.dispatch.arrange import GatherProbs, arrange
-from moe_layer.dispatch.base import finish, round_to_wire, wire_dtype
+from moe_layer.dispatch.base import finish, padded_rows, round_to_wire, wire_dtype
 from moe_layer.dispatch.plan import make_plan
 from moe_layer.ops.gather_rows import gather_rows
+from moe_layer.ops.sort_slots import SlotOrder, sort_slots
 from moe_layer.ops.tree_reduce import reduction_blocks, tree_reduce
-from moe_layer.types import DispatchPlan, Received, Routing
+from moe_layer.types import DispatchPlan, GradientLink, Received, Routing
 
 
 @dataclass(frozen=True)
@@ -37,38 +39,48 @@ class LocalDispatcher:
         self.top_k = top_k
         self.layer_index = layer_index
         self.blocks = reduction_blocks(num_experts)
+        self.compact = config.rows == "compact" or (config.rows == "auto" and config.alignment == 1)
 
     def prepare(self, ids_TK: Tensor) -> DispatchPlan:
         return make_plan(ids_TK, num_experts=self.num_experts, num_ranks=1)
 
     def dispatch(self, x_TD: Tensor, routing: Routing, plan: DispatchPlan | None = None) -> Received:
         plan = self.prepare(routing.ids_TK) if plan is None else plan
-        arranged = arrange(
-            plan.ids_TK,
-            config=self.config,
-            first_expert=0,
-            num_local=self.num_experts,
-            capacity_slots=(self.config.max_tokens_per_rank or x_TD.shape[0]) * self.top_k,
-        )
-        order, token_N = arranged.order, arranged.compact_N
+        order, ids_TK, dropped_TR = self._order(plan.ids_TK)
         probs_N = GatherProbs.apply(routing.weights_TK, order.slot_N, order.row_CK)
-        compact = self.config.rows == "compact"
-        dropped_TR = None if arranged.kept_C is None else ~arranged.kept_C.unsqueeze(1)
+        in_activation = self.config.apply_probs == "activation"
+        linked = in_activation and self.config.alignment == 1 and not torch.compiler.is_compiling()
         return Received(
-            rows=x_TD if compact else self._expand(x_TD, token_N, order.row_CK, arranged.ids_CK),
-            index_N=token_N.clamp_min(0) if compact else None,
+            rows=x_TD if self.compact else self._expand(x_TD, order.token_N, order.row_CK, ids_TK),
+            index_N=order.index_N if self.compact else None,
             probs_N=probs_N,
-            act_probs_N=probs_N if self.config.apply_probs == "activation" else None,
+            act_probs_N=probs_N if in_activation else None,
             offsets_L1=order.offsets_L1,
             counts_L=order.counts_L,
-            counts_LR=arranged.counts_LR,
-            expert_ids_L=torch.arange(self.num_experts, dtype=torch.int32, device=x_TD.device),
-            src_N3=arranged.src_N3,
+            counts_LR=order.counts_L.unsqueeze(1),
+            expert_ids_L=_expert_ids(self.num_experts, x_TD.device),
+            src=partial(_sources, order, self.top_k),
             row_CK=order.row_CK,
-            ids_CK=arranged.ids_CK,
+            ids_CK=ids_TK,
             plan=plan,
-            state=LocalState(routing.weights_TK, token_N, x_TD.dtype, dropped_TR),
+            state=LocalState(routing.weights_TK, order.token_N, x_TD.dtype, dropped_TR),
+            link=GradientLink(order.index_N) if linked else None,
         )
+
+    def _order(self, ids_TK: Tensor) -> tuple[SlotOrder, Tensor, Tensor | None]:
+        """Row order, the ids that are kept, and which tokens a static buffer dropped."""
+        if self.config.capacity == "static":
+            slots = (self.config.max_tokens_per_rank or ids_TK.shape[0]) * self.top_k
+            arranged = arrange(
+                ids_TK, config=self.config, first_expert=0, num_local=self.num_experts, capacity_slots=slots
+            )
+            dropped_TR = None if arranged.kept_C is None else ~arranged.kept_C.unsqueeze(1)
+            return arranged.order, arranged.ids_CK, dropped_TR
+        num_rows = padded_rows(ids_TK.numel(), num_local=self.num_experts, alignment=self.config.alignment)
+        order = sort_slots(
+            ids_TK, first_expert=0, num_local=self.num_experts, alignment=self.config.alignment, num_rows=num_rows
+        )
+        return order, ids_TK, None
 
     def _expand(self, x_TD: Tensor, token_N: Tensor, row_TK: Tensor, ids_TK: Tensor) -> Tensor:
         wire = wire_dtype(self.config, x_TD.dtype)
@@ -77,6 +89,16 @@ class LocalDispatcher:
     def combine(self, rows: Tensor, received: Received, add: Tensor | None = None) -> Tensor:
         state: LocalState = received.state
         wire = wire_dtype(self.config, state.dtype)
+        if self.config.apply_probs == "activation" and rows.dtype == state.dtype and wire in (rows.dtype, torch.float32):
+            return _Sum.apply(
+                rows,
+                add,
+                received.row_CK,
+                received.ids_CK,
+                state.token_N,
+                (self.num_experts, self.blocks, wire == rows.dtype),
+                received.link if received.link is not None and received.link.accepted(rows) else None,
+            )
         rows_travel = self.config.apply_probs == "source"
         if rows_travel:
             rows = round_to_wire(rows, wire)
@@ -106,6 +128,57 @@ class LocalDispatcher:
     def combine_recv(self, handle: Any, token: Tensor, add: Tensor | None = None) -> Tensor:
         rows, received = handle
         return self.combine(rows, received, add)
+
+
+@lru_cache(maxsize=16)
+def _expert_ids(num_experts: int, device: torch.device) -> Tensor:
+    return torch.arange(num_experts, dtype=torch.int32, device=device)
+
+
+def _sources(order: SlotOrder, top_k: int) -> Tensor:
+    """int32 [N, 3]: rank 0, token, slot; -1 for pads."""
+    pad_N = order.slot_N < 0
+    slot_N = torch.where(pad_N, -1, order.slot_N % top_k)
+    return torch.stack((torch.where(pad_N, -1, 0).to(torch.int32), order.token_N, slot_N), dim=1)
+
+
+class _Sum(torch.autograd.Function):
+    """y = tree sum of a token's rows (+ add), rounded once more; d(rows) is a gather of d(y), done by the experts if linked."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        add: Tensor | None,
+        row_TK: Tensor,
+        ids_TK: Tensor,
+        token_N: Tensor,
+        static: tuple[int, int, bool],
+        link: GradientLink | None,
+    ) -> Tensor:
+        num_experts, blocks, round_to_rows = static
+        ctx.link, ctx.add_dtype = link, None if add is None else add.dtype
+        ctx.save_for_backward(token_N)
+        return tree_reduce(
+            rows,
+            row_TK,
+            ids_MK=ids_TK,
+            num_experts=num_experts,
+            blocks=blocks,
+            add_MD=add,
+            round_to_rows=round_to_rows,
+            like_rows=True,
+        )
+
+    @staticmethod
+    def backward(ctx: Any, d_y_TD: Tensor) -> tuple[Tensor | None, ...]:
+        (token_N,) = ctx.saved_tensors
+        d_add = None if ctx.add_dtype is None else d_y_TD.to(ctx.add_dtype)
+        d_rows = None
+        if ctx.needs_input_grad[0]:
+            d_y_TD = d_y_TD.contiguous()
+            d_rows = gather_rows(d_y_TD, token_N) if ctx.link is None else ctx.link.put(d_y_TD)
+        return d_rows, d_add, None, None, None, None, None
 
 
 class _Expand(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,8 @@ def make_plan(ids_TK: Tensor, *, num_experts: int, num_ranks: int) -> DispatchPl
         raise RoutingError(f"ids must be an integer [T, K] tensor, got {ids_TK.dtype} {tuple(ids_TK.shape)}")
     check_divisible(num_experts, num_ranks)
     ids_TK = ids_TK.to(torch.int32)
-    return DispatchPlan(ids_TK, num_experts, num_ranks, *dispatch_plan(ids_TK, num_experts=num_experts, num_ranks=num_ranks))
+    make = partial(dispatch_plan, ids_TK, num_experts=num_experts, num_ranks=num_ranks)
+    return DispatchPlan(ids_TK, num_experts, num_ranks, make)
 
 
 def check_divisible(num_experts: int, num_ranks: int) -> None:

@@ -1,7 +1,8 @@
-"""Tokens that every rank already has: dispatch is free, slots of other ranks' experts are skipped, partial sums are gathered.
+"""Tokens that every rank already has: dispatch is free, slots of other ranks' experts are skipped, partial sums are
+gathered.
 
-With `reduce` the backward pass gathers the partial gradients of x in the same fixed order, so x's gradient is whole on every rank,
-as y is. Without it both stay this rank's partial sums and nothing is sent.
+With `reduce` the backward pass gathers the partial gradients of x in the same fixed order, so x's gradient is whole on
+every rank, as y is. Without it both stay this rank's partial sums and nothing is sent.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Messages between the ranks of an EP group: headers, uneven exchanges of rows, waits with a deadline, typed errors.
 
-Every trip (dispatch, combine and their backward passes) begins with one 64-byte header to each peer. Collectives of a group pair
-up by order of issue; the header has the same size everywhere, so a rank that is in another layer, step or phase is recognised
-before a payload of the wrong size could be delivered as if it were right.
+Every trip (dispatch, combine and their backward passes) begins with one 64-byte header to each peer. Collectives of a
+group pair up by order of issue; the header has the same size everywhere, so a rank that is in another layer, step or
+phase is recognised before a payload of the wrong size could be delivered as if it were right.
 
 Shape letters: R ranks, n rows on the wire.
 """
@@ -71,7 +71,9 @@ class Link:
         out = torch.tensor([[*mine, rows, row_bytes] for rows in rows_R], dtype=torch.int64, device=self.context.device)
         got = torch.empty_like(out)
         ones = [1] * self.size
-        self.wait(self.start(lambda: compat.all_to_all(self.group, got, out, out_rows=ones, in_rows=ones), at), at, read=True)
+        self.wait(
+            self.start(lambda: compat.all_to_all(self.group, got, out, out_rows=ones, in_rows=ones), at), at, read=True
+        )
         headers = got.tolist()
         self._check_headers(headers, at=at, row_bytes=row_bytes)
         return [[header[4], header[6]] for header in headers]
@@ -87,7 +89,8 @@ class Link:
     def exchange_rows(
         self, at: Position, rows: Tensor, *, send_R: Sequence[int], recv_R: Sequence[int]
     ) -> tuple[Tensor, Any]:
-        """Start moving `rows` `[sum(send_R), ...]`, grouped by destination; returns the target `[sum(recv_R), ...]` and the work."""
+        """Start moving `rows` `[sum(send_R), ...]`, grouped by destination; returns the target `[sum(recv_R), ...]` and
+        the work."""
         source = rows.contiguous()
         target = source.new_empty(sum(recv_R), *source.shape[1:])
         out_b, in_b = _as_bytes(target), _as_bytes(source)

@@ -1,7 +1,7 @@
 """Parameters, FLOPs per token and peak speeds: the numbers behind `--dry-run`, TFLOP/s and MFU.
 
-Counting rule (PaLM, appendix B): a multiply-add is 2 FLOPs, forward plus backward is 3 forwards, only active experts count,
-attention counts the full S x S scores; embeddings look up and cost nothing, recompute is not counted.
+Counting rule (PaLM, appendix B): a multiply-add is 2 FLOPs, forward plus backward is 3 forwards, only active experts
+count, attention counts the full S x S scores; embeddings look up and cost nothing, recompute is not counted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from torch import nn
 from moe_layer.config.model import MoEConfig
 from moe_layer.config.train import TrainConfig
 
-# Dense bf16 peak, TFLOP/s, by a part of torch.cuda.get_device_name(); first match wins. Vendor data sheets, never sparse numbers.
+# Dense bf16 peak, TFLOP/s, by a part of torch.cuda.get_device_name(); first match wins. Vendor data sheets, never
+# sparse numbers.
 PEAK_BF16 = (
     ("H100 PCIe", 756.0),
     ("H100", 989.0),

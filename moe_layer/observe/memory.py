@@ -44,30 +44,35 @@ def estimate_memory(config: TrainConfig, model: nn.Module, *, vocab: int, cpu: b
     """
     share = 1 / config.parallel.ep
     trained = sum(
-        round(p.numel() * p.element_size() * (share if ".experts." in name else 1)) for name, p in model.named_parameters()
+        round(p.numel() * p.element_size() * (share if ".experts." in name else 1))
+        for name, p in model.named_parameters()
     )
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    width = 2 if config.train.dtype == "bf16" else 4
+    width = {"bf16": 2, "fp32": 4, "fp64": 8}[config.train.dtype]
     tokens = config.train.micro_batch * config.data.sequence_length
     block = sum(_block_bytes(config, tokens, width, cpu=cpu).values())
     dense = sum(_dense_block_bytes(config, tokens, width, cpu=cpu).values())
     dense_layers = config.model.dense_layers
     moe_layers = config.model.num_layers - dense_layers
     stream = tokens * config.moe.hidden_size * width
-    head = _norm_bytes(config, tokens, width, cpu=cpu) + stream + tokens * (4 * vocab + 16)
-    temporary = tokens * vocab * (4 if width == 4 else 4 + width)
+    head = _norm_bytes(config, tokens, width, cpu=cpu) + stream + tokens * (max(4, width) * vocab + 16)
+    temporary = tokens * vocab * (4 + width if width < 4 else width)
     if config.train.activation_checkpointing == "none":
         kept = moe_layers * block + dense_layers * dense
     else:  # each block keeps its input; one block at a time is recomputed in full
         kept = config.model.num_layers * stream + max(block if moe_layers else 0, dense if dense_layers else 0)
     return MemoryEstimate(
-        weights=trained + buffers, gradients=trained, optimizer=2 * trained, activations=kept + head, temporary=temporary
+        weights=trained + buffers,
+        gradients=trained,
+        optimizer=2 * trained,
+        activations=kept + head,
+        temporary=temporary,
     )
 
 
 def _norm_bytes(config: TrainConfig, tokens: int, b: int, *, cpu: bool) -> int:
     """RMSNorm keeps its input and 1/rms; on CPU the input and the normalised input, both in fp32."""
-    return tokens * (config.moe.hidden_size * (8 if cpu else b) + 4)
+    return tokens * (config.moe.hidden_size * (2 * max(4, b) if cpu else b) + 4)
 
 
 def _attention_bytes(config: TrainConfig, tokens: int, b: int, *, cpu: bool) -> dict[str, int]:
@@ -97,11 +102,11 @@ def moe_bytes(config: MoEConfig, tokens: int, b: int, *, cpu: bool) -> Mapping[s
     hidden, width = config.hidden_size, config.experts.intermediate_size
     slots = tokens * config.router.top_k
     gate = config.router.gate_dtype
-    gate_copies = b != 4 and (gate == "fp32" or (gate == "fp32_out" and cpu))
+    gate_copies = b < 4 and (gate == "fp32" or (gate == "fp32_out" and cpu))
     input_kept = not gate_copies or config.dispatch.rows == "compact" or config.shared_expert is not None
     kept = {
         "input": tokens * hidden * (b * input_kept + 4 * gate_copies),
-        "router logits": tokens * config.router.num_experts * (b if gate == "input" else 4),
+        "router logits": tokens * config.router.num_experts * (b if gate == "input" else max(4, b)),
         "routing maps": 32 * slots,
     }
     if config.dispatch.rows == "expert_major":

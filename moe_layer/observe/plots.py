@@ -46,7 +46,9 @@ def plot_run(folder: Path, *, out: Path | None = None) -> Path:
 def _draw_losses(axis: Any, train: list[dict[str, Any]], val: list[dict[str, Any]]) -> None:
     axis.plot([r["step"] for r in train], [r["loss/train"] for r in train], lw=1, label="train")
     if val:
-        axis.plot([r["step"] for r in val], [r["loss/val"] for r in val], "o-", label=f"validation {val[-1]['loss/val']:.3f}")
+        axis.plot(
+            [r["step"] for r in val], [r["loss/val"] for r in val], "o-", label=f"validation {val[-1]['loss/val']:.3f}"
+        )
     axis.set(title="loss", xlabel="step", ylabel="nats per byte")
     axis.grid(alpha=0.3)
     axis.legend()

@@ -12,7 +12,8 @@ from torch import Tensor
 
 
 def dispatch_plan(ids_TK: Tensor, *, num_experts: int, num_ranks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Args: int32 ids, -1 = absent. Returns int32 `(counts_E, send_tokens, send_counts_R, position_TR)`: see `DispatchPlan`."""
+    """Args: int32 ids, -1 = absent. Returns int32 `(counts_E, send_tokens, send_counts_R, position_TR)`: see
+    `DispatchPlan`."""
     return torch.ops.moe_layer.dispatch_plan(ids_TK, num_experts, num_ranks)
 
 

@@ -1,7 +1,7 @@
 """One x, several consumers, one fixed order of gradient addition.
 
-Autograd adds the gradients of a tensor in the order in which its consumers happen to finish. Behind this op the order is that
-of the outputs (routed, shared, gate), so dx has the same bits every run and at every expert-parallel size.
+Autograd adds the gradients of a tensor in the order in which its consumers happen to finish. Behind this op the order
+is that of the outputs (routed, shared, gate), so dx has the same bits every run and at every expert-parallel size.
 """
 
 from __future__ import annotations

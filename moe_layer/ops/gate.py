@@ -1,8 +1,8 @@
 """Gate GEMM: logits_TE = x_TD @ weight.T (+ bias), with the dtype of each stage chosen by `gate_dtype`.
 
 Precision notes
-    fp32_out: operands in the input's dtype, fp32 accumulation and output. CUDA uses the GEMM's own fp32 output; elsewhere the
-        operands are cast. The backward rounds dlogits to the operands' dtype, as a bf16 linear would.
+    fp32_out: operands in the input's dtype, fp32 accumulation and output. CUDA uses the GEMM's own fp32 output;
+        elsewhere the operands are cast. The backward rounds dlogits to the operands' dtype, as a bf16 linear would.
     fp32: operands cast to fp32.
     input: a plain linear in the input's dtype.
     fp32 and fp64 inputs are computed as they are under all three.

@@ -12,8 +12,8 @@ from moe_layer.ops import _ext
 def require_kernels(kernels: str) -> None:
     """Honour `kernels` once, when a layer is built.
 
-    auto loads the compiled library when it is there; cuda insists on it; reference keeps it unloaded. A library registers its
-    kernels for the whole process, so the choice is the process's.
+    auto loads the compiled library when it is there; cuda insists on it; reference keeps it unloaded. A library
+    registers its kernels for the whole process, so the choice is the process's.
 
     Raises:
         ConfigError: `cuda` without a loadable library, or `reference` after the library was loaded.

@@ -1,7 +1,7 @@
 """Order a rank's slots by (local expert, compact row, slot): the row order of every dispatcher. Integers only.
 
-Compact rows are in (source rank, token) order, so a stable sort by expert gives (expert, source rank, token); nothing here
-depends on timing, and there are no atomics on floats.
+Compact rows are in (source rank, token) order, so a stable sort by expert gives (expert, source rank, token); nothing
+here depends on timing, and there are no atomics on floats.
 
 Shape letters: C compact rows, K slots, L local experts, N expert-major rows with pads.
 """
@@ -16,9 +16,10 @@ from torch import Tensor
 
 
 class SlotOrder(NamedTuple):
-    """slot_N: flat slot `c*K + k` of each row, -1 for pads and the tail; row_CK: its inverse, -1 where the slot is absent;
-    offsets_L1: row boundaries, pads included; counts_L: real rows; token_N: compact row c of each row, -1 for pads and the
-    tail; index_N: the same with 0 there, which may be gathered. All int32."""
+    """slot_N: flat slot `c*K + k` of each row, -1 for pads and the tail; row_CK: its inverse, -1 where the slot is
+    absent;
+    offsets_L1: row boundaries, pads included; counts_L: real rows; token_N: compact row c of each row, -1 for pads and
+    the tail; index_N: the same with 0 there, which may be gathered. All int32."""
 
     slot_N: Tensor
     row_CK: Tensor

@@ -3,9 +3,9 @@
 Precision: rows and weights are widened to fp32 (fp64 stays), each product is rounded once, then added; no FMA
 contraction, so CPU and CUDA give the same bits. A result is never -0.0, which makes "skip" and "add zero" one thing.
 
-Order: the experts are cut into `blocks` equal blocks. Inside a block: ascending expert, then slot, left to right. Blocks
-are joined pairwise (0+1, 2+3, then those, ...); absent slots and blocks are skipped. A rank that owns whole aligned
-blocks computes a subtree, which is why 1, 2, 4 and 8 ranks give the same bits.
+Order: the experts are cut into `blocks` equal blocks. Inside a block: ascending expert, then slot, left to right.
+Blocks are joined pairwise (0+1, 2+3, then those, ...); absent slots and blocks are skipped. A rank that owns whole
+aligned blocks computes a subtree, which is why 1, 2, 4 and 8 ranks give the same bits.
 
 Shape letters: M tokens to sum for, K slots each, N rows, D hidden, B blocks.
 """
@@ -99,7 +99,8 @@ def _tree_sum(
         return _sum_two_chains(wide, row_MK, block_MK=block_MK, blocks=blocks)
     step = max(1, _WORKSPACE // (blocks * max(D, 1)))
     parts = [
-        _sum_blocks(wide, row_MK[i : i + step], block_MK=block_MK[i : i + step], blocks=blocks) for i in range(0, M, step)
+        _sum_blocks(wide, row_MK[i : i + step], block_MK=block_MK[i : i + step], blocks=blocks)
+        for i in range(0, M, step)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -22,8 +22,8 @@ def prefixed(store: Any, prefix: str) -> Any:
 def all_to_all(group: Any, out: Tensor, source: Tensor, *, out_rows: list[int], in_rows: list[int]) -> Any:
     """Start an uneven all-to-all over dim 0; returns the Work.
 
-    The method of the group object is called, not `dist.all_to_all_single`, so that a group need not be registered: one process
-    can then play several ranks.
+    The method of the group object is called, not `dist.all_to_all_single`, so that a group need not be registered: one
+    process can then play several ranks.
     """
     return group.alltoall_base(out, source, out_rows, in_rows)
 

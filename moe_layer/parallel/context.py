@@ -22,7 +22,8 @@ class ParallelContext:
         data_group: all ranks that see different data (dp x ep); None when there is one.
         dp_size: size of `dp_group`.
         device: where messages must live: the CPU for gloo, this rank's GPU for NCCL.
-        store: key-value store reached by every rank of `ep_group`, for reports after a failure; None does without names.
+        store: key-value store reached by every rank of `ep_group`, for reports after a failure; None does without
+            names.
         owned: groups that `close` destroys.
 
     Attributes:
@@ -82,7 +83,8 @@ class ParallelContext:
         return DispatchTimeout(f"{self.failure}; restart the job from its last checkpoint without those ranks")
 
     def _silent_ranks(self, position: str, grace_s: float) -> list[int] | None:
-        """Ranks without a report after `grace_s`; None when the store does not answer (a thread, because it may block)."""
+        """Ranks without a report after `grace_s`; None when the store does not answer (a thread, because it may
+        block)."""
         if self.store is None:
             return None
         found: list[list[int]] = []

@@ -1,4 +1,5 @@
-"""Gradients over a mesh: the loss is the mean over all ranks' tokens, so dense and expert gradients both divide by dp*ep."""
+"""Gradients over a mesh: the loss is the mean over all ranks' tokens, so dense and expert gradients both divide by
+dp*ep."""
 
 from __future__ import annotations
 
@@ -22,10 +23,12 @@ def context_of(model: nn.Module) -> ParallelContext | None:
 
 @torch.no_grad()
 def sync_gradients(model: nn.Module) -> None:
-    """Average gradients after the last backward of a step; collective over the mesh. A missing gradient counts as zeros.
+    """Average gradients after the last backward of a step; collective over the mesh. A missing gradient counts as
+    zeros.
 
-    Dense parameters: mean over dp*ep ranks. Experts: their owner already has the sum over its EP group; the sum over dp is
-    divided by dp*ep too (by dp under `backend: replicated`, where an EP group sees one batch). Also moves `context.step` on.
+    Dense parameters: mean over dp*ep ranks. Experts: their owner already has the sum over its EP group; the sum over dp
+    is divided by dp*ep too (by dp under `backend: replicated`, where an EP group sees one batch). Also moves
+    `context.step` on.
     """
     context = context_of(model)
     if context is None:
@@ -39,9 +42,9 @@ def sync_gradients(model: nn.Module) -> None:
             target.append(_gradient(parameter))
         routed.add(id(parameter))
     dense = [_gradient(p) for p in model.parameters() if p.requires_grad and id(p) not in routed]
-    _reduce(dense, group=context.data_group, divisor=context.data_size)
-    _reduce(whole, group=context.dp_group, divisor=context.data_size)
-    _reduce(replicated, group=context.dp_group, divisor=context.dp_size)
+    _reduce(dense, group=context.data_group, divisor=context.data_size, context=context)
+    _reduce(whole, group=context.dp_group, divisor=context.data_size, context=context)
+    _reduce(replicated, group=context.dp_group, divisor=context.dp_size, context=context)
     context.advance_step()
 
 
@@ -49,7 +52,8 @@ def sync_gradients(model: nn.Module) -> None:
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     """Scale all gradients so that their global 2-norm is at most `max_norm`; every expert counts once.
 
-    Call after `sync_gradients`. The sum of squares of sharded experts is added over the EP group, so that all ranks clip alike.
+    Call after `sync_gradients`. The sum of squares of sharded experts is added over the EP group, so that all ranks
+    clip alike.
 
     Returns:
         The norm before clipping, 0-d fp32.
@@ -67,7 +71,7 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     device = next((g.device for g in (*dense, *experts)), torch.device("cpu"))
     expert_square = _sum_of_squares(experts, device)
     if context is not None and context.ep_size > 1:
-        compat.all_reduce(expert_square, group=context.ep_group)
+        _all_reduce(expert_square, group=context.ep_group, context=context)
     norm = (_sum_of_squares(dense, device) + expert_square).sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp_max(1.0)
     for gradient in (*dense, *experts):
@@ -96,7 +100,16 @@ def _sum_of_squares(gradients: Iterable[Tensor], device: torch.device) -> Tensor
     return total
 
 
-def _reduce(gradients: list[Tensor], *, group: object, divisor: int) -> None:
+def _all_reduce(flat: Tensor, *, group: object, context: ParallelContext) -> None:
+    """A peer that died or hangs shows here too when it got through its layers."""
+    try:
+        compat.all_reduce(flat, group=group)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise context.fail(f"step {context.step}, phase gradients", reason, grace_s=2.0) from error
+
+
+def _reduce(gradients: list[Tensor], *, group: object, divisor: int, context: ParallelContext) -> None:
     """Sum over the group in flat buckets of one dtype, then divide."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for gradient in gradients:
@@ -105,7 +118,7 @@ def _reduce(gradients: list[Tensor], *, group: object, divisor: int) -> None:
         for bucket in _buckets(same):
             flat = torch.cat([gradient.flatten() for gradient in bucket])
             if group is not None:
-                compat.all_reduce(flat, group=group)
+                _all_reduce(flat, group=group, context=context)
             flat /= divisor
             for gradient, piece in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 gradient.copy_(piece.view_as(gradient))

@@ -34,8 +34,9 @@ class ParallelLayer(Protocol):
 def parallelize(model: nn.Module, mesh: DeviceMesh) -> ParallelContext:
     """Split the experts of every MoELayer in `model` over `mesh["ep"]`; collective over the mesh.
 
-    Build the whole model on every rank first (on a meta device when it is large): rank r keeps experts `[r*E/R, (r+1)*E/R)` as
-    DTensors `Shard(0)`. Everything else is replicated; values come from the first rank. Create the optimizer afterwards.
+    Build the whole model on every rank first (on a meta device when it is large): rank r keeps experts `[r*E/R,
+    (r+1)*E/R)` as DTensors `Shard(0)`. Everything else is replicated; values come from the first rank. Create the
+    optimizer afterwards.
 
     Args:
         model: holds at least one MoELayer, none of them bound to groups yet.
@@ -109,8 +110,8 @@ def _make_context(mesh: DeviceMesh, *, deadline_s: float) -> ParallelContext:
 
     dp_size, ep_size = grid.shape
     ep_group = group_of_mine(grid.tolist(), deadline_s + 1.0)
-    dp_group = group_of_mine(grid.T.tolist(), 1800.0) if dp_size > 1 else None
-    data_group = group_of_mine([grid.flatten().tolist()], 1800.0) if grid.numel() > 1 else None
+    dp_group = group_of_mine(grid.T.tolist(), deadline_s + 1.0) if dp_size > 1 else None
+    data_group = group_of_mine([grid.flatten().tolist()], deadline_s + 1.0) if grid.numel() > 1 else None
     place = (grid == me).nonzero()[0].tolist()
     device = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
     return ParallelContext(

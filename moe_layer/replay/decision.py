@@ -27,7 +27,7 @@ def as_decision(
     if not isinstance(decision.ids, Tensor):
         raise RoutingError(f"replay must be a RoutingDecision or an integer tensor, got {type(replay).__name__}")
     num_tokens = tokens.numel()
-    allowed = (tuple(tokens) + (top_k,), (num_tokens, top_k))
+    allowed = ((*tokens, top_k), (num_tokens, top_k))
     ids = decision.ids
     if tuple(ids.shape) not in allowed:
         raise RoutingError(f"replay ids must be {allowed[0]} or {allowed[1]}, got {tuple(ids.shape)}")
@@ -37,7 +37,8 @@ def as_decision(
     if weights is not None:
         if tuple(weights.shape) not in allowed or not weights.is_floating_point():
             raise RoutingError(
-                f"replay weights must be floating {allowed[0]} or {allowed[1]}, got {weights.dtype} {tuple(weights.shape)}"
+                f"replay weights must be floating {allowed[0]} or {allowed[1]}, "
+                f"got {weights.dtype} {tuple(weights.shape)}"
             )
         weights = weights.to(device, torch.float32).reshape(num_tokens, top_k)
     ids = ids.to(device).reshape(num_tokens, top_k)

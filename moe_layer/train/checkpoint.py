@@ -5,8 +5,8 @@
         local/0000R.safetensors       what only rank R needs at the same layout: counters, random-number state
         manifest.json                 format version, step, layout, SHA-256 of each file and of itself
 
-Files are written into a hidden folder, flushed, and renamed when complete, so a killed run leaves the previous checkpoint
-whole. Nothing is pickled; DCP's own pickled metadata is avoided by its safetensors storage.
+Files are written into a hidden folder, flushed, and renamed when complete, so a killed run leaves the previous
+checkpoint whole. Nothing is pickled; DCP's own pickled metadata is avoided by its safetensors storage.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
@@ -128,7 +127,9 @@ def find(where: Path) -> Path:
     for folder in (where / "checkpoints", where):
         if found := checkpoints(folder):
             return found[-1]
-    raise CheckpointError(f"no checkpoint in {where} (looked for checkpoints/step_*/manifest.json); give a run directory")
+    raise CheckpointError(
+        f"no checkpoint in {where} (looked for checkpoints/step_*/manifest.json); give a run directory"
+    )
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -142,15 +143,17 @@ def read_manifest(path: Path) -> Manifest:
         checksum = raw.pop("sha256")
         intact = checksum == _json_digest(raw)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} has no manifest.json, so it is no complete checkpoint; {_others(path)}") from None
+        raise CheckpointError(
+            f"{path} has no manifest.json, so it is no complete checkpoint; {_others(path)}"
+        ) from None
     except (ValueError, KeyError, AttributeError, TypeError):
         intact, raw = False, {}
     if not intact:
         raise CheckpointError(f"{path}/manifest.json does not match its own checksum: it is damaged; {_others(path)}")
     if raw["format"] != FORMAT or raw["version"] != VERSION:
         raise CheckpointError(
-            f"{path} has format {raw['format']} version {raw['version']}, this program reads {FORMAT} version {VERSION}; "
-            "load it with the version of moe_layer that wrote it"
+            f"{path} has format {raw['format']} version {raw['version']}, this program reads {FORMAT} version "
+            f"{VERSION}; load it with the version of moe_layer that wrote it"
         )
     return Manifest(step=raw["step"], layout=Layout(**raw["layout"]), data=raw["data"], files=raw["files"])
 
@@ -194,7 +197,7 @@ def _verify(path: Path, manifest: Manifest, layout: Layout) -> None:
     if layout.world > 1:
         gathered: list[list[str]] = [[] for _ in range(layout.world)]
         dist.all_gather_object(gathered, problems)
-        problems = sum(gathered, [])
+        problems = [problem for found in gathered for problem in found]
     if problems:
         raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(problems)}; {_others(path)}")
 
@@ -204,8 +207,12 @@ def _check_names(path: Path, state: Mapping[str, Tensor]) -> None:
     for name, entry in HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata.items():
         saved[name] = tuple(getattr(entry, "size", ()))  # bytes entries, which we never write, have none
     wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    problems = [f"{n} is missing" for n in wanted if n not in saved] + [f"{n} is surplus" for n in saved if n not in wanted]
-    problems += [f"{n} is {saved[n]}, the model has {wanted[n]}" for n in wanted if n in saved and saved[n] != wanted[n]]
+    problems = [f"{n} is missing" for n in wanted if n not in saved] + [
+        f"{n} is surplus" for n in saved if n not in wanted
+    ]
+    problems += [
+        f"{n} is {saved[n]}, the model has {wanted[n]}" for n in wanted if n in saved and saved[n] != wanted[n]
+    ]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise CheckpointError(

@@ -11,7 +11,8 @@ from typing import Any
 
 
 class Console:
-    """Prints on the main rank only. The bar is rich's if installed, a plain one otherwise, none when stdout is no terminal."""
+    """Prints on the main rank only. The bar is rich's if installed, a plain one otherwise, none when stdout is no
+    terminal."""
 
     def __init__(self, *, is_main: bool, steps: int, first: int = 0) -> None:
         self._is_main = is_main

@@ -1,7 +1,7 @@
 """Byte-level text: Python's own standard library by default, or the user's files.
 
-Bytes are tokens (vocabulary 256), so there is no tokenizer to install and a loss is in nats per byte everywhere. The order is
-a function of (seed, step) alone: no state to save, the same on every rank and at every number of ranks.
+Bytes are tokens (vocabulary 256), so there is no tokenizer to install and a loss is in nats per byte everywhere. The
+order is a function of (seed, step) alone: no state to save, the same on every rank and at every number of ranks.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def user_files(patterns: tuple[str, ...]) -> list[Path]:
         if glob.has_magic(pattern):
             matches = [m for m in matches if os.path.isfile(m)]
         if not matches:
-            problems.append(f"data.files: '{pattern}' matches no file in {os.getcwd()}; give an existing path or pattern")
+            problems.append(
+                f"data.files: '{pattern}' matches no file in {os.getcwd()}; give an existing path or pattern"
+            )
         for match in matches:
             if not os.path.isfile(match):
                 problems.append(f"data.files: '{match}' is not a regular file; for a folder write '{match}/**/*.txt'")
@@ -130,7 +132,9 @@ def _read_into(path: Path, *targets: np.ndarray) -> None:
                 while len(view):
                     got = file.readinto(view)
                     if not got:
-                        raise ConfigError(f"data.files: '{path}' became {len(view)} bytes shorter while it was read; retry")
+                        raise ConfigError(
+                            f"data.files: '{path}' became {len(view)} bytes shorter while it was read; retry"
+                        )
                     view = view[got:]
     except OSError as error:
         raise ConfigError(
@@ -143,7 +147,8 @@ def _check_length(text: np.ndarray, what: str, config: DataConfig) -> None:
     if len(text) < need:
         raise ConfigError(
             f"data: {len(text)} {what} bytes are fewer than data.sequence_length + 1 ({need}); add files, raise "
-            f"data.max_bytes ({config.max_bytes}) or data.val_fraction ({config.val_fraction}), or shorten the sequences"
+            f"data.max_bytes ({config.max_bytes}) or data.val_fraction ({config.val_fraction}), or shorten the "
+            "sequences"
         )
 
 

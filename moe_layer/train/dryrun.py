@@ -11,7 +11,7 @@ from moe_layer.observe.flops import ParameterCount, count_parameters, train_flop
 from moe_layer.observe.memory import MemoryEstimate, estimate_memory
 from moe_layer.observe.metrics import short_number
 from moe_layer.train.data import VOCAB
-from moe_layer.train.model import Decoder
+from moe_layer.train.model import Decoder, torch_dtype
 from moe_layer.train.world import pick_device
 
 
@@ -30,7 +30,7 @@ def estimate(config: TrainConfig) -> Estimate:
         config.model,
         config.moe,
         device=torch.device("meta"),
-        dtype=torch.bfloat16 if config.train.dtype == "bf16" else torch.float32,
+        dtype=torch_dtype(config.train.dtype),
     )
     return Estimate(
         parameters=count_parameters(model, config.moe),
@@ -52,11 +52,12 @@ def describe(config: TrainConfig, found: Estimate) -> str:
         ("temporary", memory.temporary),
         ("total", memory.total),
     ]
+    step_flops = found.flops_per_token * tokens
     lines = [
         f"{config.name}: dry run, nothing is trained",
         f"parameters   {count.total:,} ({count.active:,} active per token, {count.experts:,} in routed experts)",
-        f"FLOPs        {short_number(found.flops_per_token)} per token, {short_number(found.flops_per_token * tokens)} per step "
-        f"of {tokens:,} tokens, {found.flops_per_token * tokens * config.train.steps:.2e} in {config.train.steps} steps",
+        f"FLOPs        {short_number(found.flops_per_token)} per token, {short_number(step_flops)} per step "
+        f"of {tokens:,} tokens, {step_flops * config.train.steps:.2e} in {config.train.steps} steps",
         f"memory of a rank (ep {config.parallel.ep}, {ranks} rank(s) planned, {config.train.dtype}, micro-batch "
         f"{config.train.micro_batch} x {config.data.sequence_length}, balanced routing):",
         *(f"  {name:<11} {size / 2**20:12,.1f} MiB" for name, size in rows),

@@ -39,7 +39,9 @@ class Trainer:
     Losses stay on the device and are read once per log interval.
     """
 
-    def __init__(self, config: TrainConfig, *, model: Decoder, optimizer: Optimizer, text: TextData, world: World) -> None:
+    def __init__(
+        self, config: TrainConfig, *, model: Decoder, optimizer: Optimizer, text: TextData, world: World
+    ) -> None:
         self.config, self.model, self.optimizer, self.text, self.world = config, model, optimizer, text, world
         self.layers = list(model.moe_layers())
         loop = config.train
@@ -113,7 +115,8 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> Validation:
-        """Mean loss over `train.val_batches` micro-batches per rank of evenly spaced windows, and every expert's tokens."""
+        """Mean loss over `train.val_batches` micro-batches per rank of evenly spaced windows, and every expert's
+        tokens."""
         cfg, world = self.config, self.world
         per_rank = cfg.train.val_batches * cfg.train.micro_batch
         total = per_rank * world.data_ranks

@@ -21,9 +21,15 @@ from moe_layer.train.data import VOCAB
 from moe_layer.types import Routing
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype that `train.dtype` names."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[name]
+
+
 @dataclass(frozen=True)
 class DecoderOutput:
-    """`logits` [B, S, V] in the model's dtype; `routings`: one detached `Routing` per MoE layer if asked for, else empty."""
+    """`logits` [B, S, V] in the model's dtype; `routings`: one detached `Routing` per MoE layer if asked for, else
+    empty."""
 
     logits: Tensor
     routings: tuple[Routing, ...]
@@ -32,7 +38,9 @@ class DecoderOutput:
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions."""
 
-    def __init__(self, config: ModelConfig, hidden_size: int, *, device: torch.device | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, hidden_size: int, *, device: torch.device | None, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         kv_heads = config.num_kv_heads or config.num_heads
         self.head_dim = hidden_size // config.num_heads
@@ -130,7 +138,9 @@ class Decoder(nn.Module):
             if parameter.ndim == 1:
                 parameter.fill_(1.0)
             else:
-                scale = math.sqrt(2 * self.config.num_layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+                scale = (
+                    math.sqrt(2 * self.config.num_layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+                )
                 parameter.normal_(0.0, std / scale)
         for layer in self.moe_layers():
             layer.reset_parameters()
@@ -161,16 +171,17 @@ class Decoder(nn.Module):
 
 
 def token_losses(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
-    """Cross-entropy of each byte in fp32, nats: [B*S]."""
-    return F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten().long(), reduction="none")
+    """Cross-entropy of each byte, nats: [B*S] in fp32 (fp64 for fp64 logits)."""
+    wide = torch.promote_types(logits_BSV.dtype, torch.float32)
+    return F.cross_entropy(logits_BSV.flatten(0, 1).to(wide), targets_BS.flatten().long(), reduction="none")
 
 
 def _rotary(length: int, model: Decoder, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [S, head_dim/2]; angles in fp32 whatever the model's dtype (bf16 angles lose positions above 256)."""
+    """cos and sin [S, head_dim/2]; angles in fp64 whatever the model's dtype (bf16 ones lose positions above 256)."""
     head_dim = model.blocks[0].attention.head_dim
     device = model.embedding.weight.device
-    rates = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / -head_dim
-    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), model.config.rope_theta**rates)
+    rates = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / -head_dim
+    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float64), model.config.rope_theta**rates)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

@@ -1,7 +1,7 @@
 """AdamW (torch's fused one, or NVIDIA apex's FusedAdam) over plain local tensors, and the learning-rate schedule.
 
-The optimiser never sees a DTensor: an expert shard is stepped through a parameter that shares its storage. So the same fused
-kernel runs at every EP size, and apex works with expert parallelism. Its state is wrapped back for checkpoints.
+The optimiser never sees a DTensor: an expert shard is stepped through a parameter that shares its storage. So the same
+fused kernel runs at every EP size, and apex works with expert parallelism. Its state is wrapped back for checkpoints.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def find_apex() -> tuple[type | None, str]:
     except Exception as error:
         where = getattr(module, "__file__", "?")
         return None, (
-            f"the package 'apex' at {where} has no working apex.optimizers.FusedAdam ({type(error).__name__}); PyPI's 'apex' "
-            "is another project: uninstall it and build NVIDIA apex from https://github.com/NVIDIA/apex"
+            f"the package 'apex' at {where} has no working apex.optimizers.FusedAdam ({type(error).__name__}); "
+            "PyPI's 'apex' is another project: uninstall it and build NVIDIA apex from https://github.com/NVIDIA/apex"
         )
 
 
@@ -130,5 +130,10 @@ def _as_sharded(state: Tensor, parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         return state
     return DTensor.from_local(
-        state, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+        state,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
     )

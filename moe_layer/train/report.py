@@ -14,8 +14,8 @@ _PER_LINE = 64
 def load_chart(counts: Counts, *, layers: Sequence[int] | None = None, encoding: str | None = "utf-8") -> str:
     """One bar per expert and a line of numbers per layer; a dead expert shows as `x`.
 
-    Bars are scaled to twice the mean load: a balanced expert is half as high as the tallest bar, and whoever has more than
-    twice the mean is cut there (its number is printed).
+    Bars are scaled to twice the mean load: a balanced expert is half as high as the tallest bar, and whoever has more
+    than twice the mean is cut there (its number is printed).
 
     Args:
         counts: tokens per expert, one row per MoE layer. layers: block number of each row.

@@ -1,6 +1,6 @@
 """One run from a configuration: folder, data, model, loop, checkpoints, and the report at the end.
 
-    runs/<name>/  resolved.yaml  metrics.jsonl  checkpoints/step_*/  sample.txt  load.png  tensorboard/
+runs/<name>/  resolved.yaml  metrics.jsonl  checkpoints/step_*/  sample.txt  load.png  tensorboard/
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moe_layer.train import checkpoint
 from moe_layer.train.console import Console, StopRequest, stop_on_signals
 from moe_layer.train.data import TextData, load_text
 from moe_layer.train.loop import Trainer, Validation
-from moe_layer.train.model import Decoder
+from moe_layer.train.model import Decoder, torch_dtype
 from moe_layer.train.optim import Optimizer
 from moe_layer.train.report import load_chart
 from moe_layer.train.sample import sample_text
@@ -49,7 +49,8 @@ def run(config: TrainConfig, *, out: Path | None = None) -> Result:
     """Train; everything a user sees is printed by rank 0.
 
     Args:
-        out: run directory (default `runs/<name>`). One that holds a run is moved aside unless `train.resume` continues it.
+        out: run directory (default `runs/<name>`). One that holds a run is moved aside unless `train.resume` continues
+            it.
 
     Raises:
         ConfigError, CheckpointError, TrainingError, OSError: one sentence each.
@@ -76,7 +77,7 @@ def build_model(config: TrainConfig, world: World) -> Decoder:
     model = Decoder(
         config.model,
         config.moe,
-        dtype=torch.bfloat16 if config.train.dtype == "bf16" else torch.float32,
+        dtype=torch_dtype(config.train.dtype),
         activation_checkpointing=config.train.activation_checkpointing,
     ).to(world.device)
     if world.mesh is not None:
@@ -101,7 +102,10 @@ def _run_in(folder: Path, trainer: Trainer, *, first: int, resumed: bool) -> Res
             console.close()
             if world.is_main:
                 again = f"--resume {folder}"
-                print(f"stopped by signal {stop.signum} after step {done}; saved {path}; continue with {again}", flush=True)
+                print(
+                    f"stopped by signal {stop.signum} after step {done}; saved {path}; continue with {again}",
+                    flush=True,
+                )
             return Result(steps=done, signum=stop.signum, validation=None)
         validation = writer.validate(done, final=True)
         if first < done or not checkpoint.checkpoints(folder / "checkpoints"):
@@ -213,9 +217,10 @@ def _opening(
         f"{config.name}: {count.total:,} parameters, {count.active:,} active per token; "
         f"{config.model.num_layers} layers, {config.moe.router.num_experts} experts, top {config.moe.router.top_k}",
         f"text: {len(text.train):,} bytes to train on, {len(text.val):,} to validate, from {origin}",
-        f"device: {_device_name(world)}, {config.train.dtype}, {world.size} rank(s) (dp {world.layout.dp} x ep {world.layout.ep}), "
-        f"{torch.get_num_threads()} CPU thread(s)",
-        f"optimizer: {optimizer.description}; aux loss {losses.aux} x {losses.aux_coeff:g}, z loss x {losses.z_coeff:g}",
+        f"device: {_device_name(world)}, {config.train.dtype}, {world.size} rank(s) (dp {world.layout.dp} x ep "
+        f"{world.layout.ep}), {torch.get_num_threads()} CPU thread(s)",
+        f"optimizer: {optimizer.description}; aux loss {losses.aux} x {losses.aux_coeff:g}, "
+        f"z loss x {losses.z_coeff:g}",
         f"output: {folder}",
     ]
     lines += [f"left out: {why}" for why in text.skipped[:5]]
@@ -250,7 +255,9 @@ def _prepare_folder(folder: Path, config: TrainConfig, world: World, *, resume: 
         if not inside and (folder / "resolved.yaml").is_file():
             aside = _free_name(folder)
             os.rename(folder, aside)
-            print(f"{folder} held a run already; moved to {aside} (--resume {folder} continues one instead)", flush=True)
+            print(
+                f"{folder} held a run already; moved to {aside} (--resume {folder} continues one instead)", flush=True
+            )
         folder.mkdir(parents=True, exist_ok=True)
         for later in checkpoint.checkpoints(folder / "checkpoints"):
             if int(later.name.split("_")[1]) > first:  # an abandoned future must not be resumed by accident

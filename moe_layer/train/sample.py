@@ -13,8 +13,8 @@ from moe_layer.train.world import World
 def sample_text(model: Decoder, config: SampleConfig, *, context: int, seed: int, world: World) -> str:
     """Continue `config.prompt` by `config.tokens` bytes; invalid UTF-8 shows as replacement characters.
 
-    All ranks take part with the same bytes (experts live on all of them); rank 0's draw is broadcast, because a rounding
-    difference between ranks would otherwise send them on different texts.
+    All ranks take part with the same bytes (experts live on all of them); rank 0's draw is broadcast, because a
+    rounding difference between ranks would otherwise send them on different texts.
 
     Args:
         context: longest window of bytes the model sees.

@@ -27,8 +27,8 @@ def save_state(trainer: Trainer, folder: Path, step: int) -> Path:
 def load_state(trainer: Trainer, path: Path) -> int:
     """Restore a checkpoint; returns its number of steps.
 
-    The same layout continues bit for bit: parameters, moments, expert biases, counters and random numbers. At another one
-    counters and random numbers start afresh.
+    The same layout continues bit for bit: parameters, moments, expert biases, counters and random numbers. At another
+    one counters and random numbers start afresh.
 
     Raises:
         CheckpointError: damaged, or made for another model.
@@ -36,7 +36,9 @@ def load_state(trainer: Trainer, path: Path) -> int:
     step = checkpoint.read_manifest(path).step
     manifest, local = checkpoint.load(path, _shared(trainer, step), layout=trainer.world.layout)
     if manifest.data != trainer.text.fingerprint and trainer.world.is_main:
-        print("note: the training text is not the one this checkpoint was trained on, so the run is not repeated exactly")
+        print(
+            "note: the training text is not the one this checkpoint was trained on, so the run is not repeated exactly"
+        )
     if local is not None:
         for name, tensor in _counters(trainer).items():
             tensor.copy_(local[name].reshape(tensor.shape))

@@ -90,14 +90,17 @@ def plan_layout(config: TrainConfig) -> Layout:
             f"or set parallel.ep={world}"
         )
     elif dp is not None and dp * ep != world:
-        problems.append(f"parallel.dp ({dp}) times parallel.ep ({ep}) must be the number of ranks ({world}); leave dp out")
+        problems.append(
+            f"parallel.dp ({dp}) times parallel.ep ({ep}) must be the number of ranks ({world}); leave dp out"
+        )
     loop = config.train
     parts = max(1, world // _copies(config))
     if loop.global_batch % (loop.micro_batch * parts):
         share = max(1, loop.global_batch // parts)
         problems.append(
-            f"train.global_batch ({loop.global_batch}) must be divisible by train.micro_batch ({loop.micro_batch}) times the "
-            f"number of ranks with data of their own ({parts}); try train.micro_batch={share} train.global_batch={share * parts}"
+            f"train.global_batch ({loop.global_batch}) must be divisible by train.micro_batch ({loop.micro_batch}) "
+            f"times the number of ranks with data of their own ({parts}); try train.micro_batch={share} "
+            f"train.global_batch={share * parts}"
         )
     if problems:
         raise ConfigError(problems)

@@ -35,7 +35,9 @@ class Case:
         return self.ids_TK.shape[1]
 
 
-def make_case(seed: int, *, T: int, D: int, E: int, K: int, absent: float = 0.1, dtype: torch.dtype = torch.float32) -> Case:
+def make_case(
+    seed: int, *, T: int, D: int, E: int, K: int, absent: float = 0.1, dtype: torch.dtype = torch.float32
+) -> Case:
     g = torch.Generator().manual_seed(seed)
     ids_TK = torch.stack([torch.randperm(E, generator=g)[:K] for _ in range(T)]) if T else torch.zeros(0, K).long()
     ids_TK = torch.where(torch.rand(T, K, generator=g) < absent, -1, ids_TK).int()
@@ -54,7 +56,8 @@ def even_cuts(T: int, R: int) -> list[int]:
 
 
 def apply_experts(received: Received, experts: Tensor) -> Tensor:
-    """Per-expert loop over real rows; one GEMM per expert, so that a rank's plan does not depend on R. NaN in pads and tail."""
+    """Per-expert loop over real rows; one GEMM per expert, so that a rank's plan does not depend on R. NaN in pads and
+    tail."""
     off = received.offsets_L1.tolist()
     counts = received.counts_L.tolist()
     rows = received.rows if received.index_N is None else received.rows[received.index_N.long()]
@@ -78,7 +81,9 @@ class Result:
     d_experts: Tensor
 
 
-def run_case(case: Case, config: DispatchConfig, context: ParallelContext | None = None, *, cuts: list[int] | None = None) -> Result:
+def run_case(
+    case: Case, config: DispatchConfig, context: ParallelContext | None = None, *, cuts: list[int] | None = None
+) -> Result:
     """Forward and backward of this rank's share."""
     r, R = (0, 1) if context is None else (context.ep_rank, context.ep_size)
     if config.backend == "replicated" or R == 1:

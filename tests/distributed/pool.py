@@ -1,6 +1,7 @@
 """Four gloo worker processes for the whole test run: `pool.run(fn, *args)` calls a module-level function on every rank.
 
-Starting costs seconds (each process imports torch), a call costs milliseconds. Functions see an initialised default process group.
+Starting costs seconds (each process imports torch), a call costs milliseconds. Functions see an initialised default
+process group.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Pool:
         """Results in rank order.
 
         Raises:
-            AssertionError: a rank raised (all tracebacks are shown) or did not answer; the pool starts afresh next time.
+            AssertionError: a rank raised (all tracebacks are shown) or did not answer; the pool starts afresh next
+                time.
         """
         if not self._processes:
             self._start()

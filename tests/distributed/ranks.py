@@ -1,4 +1,5 @@
-"""Several ranks in one process: threads with their own gloo groups over loopback. A case takes a few tens of milliseconds."""
+"""Several ranks in one process: threads with their own gloo groups over loopback. A case takes a few tens of
+milliseconds."""
 
 from __future__ import annotations
 

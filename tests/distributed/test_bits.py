@@ -36,7 +36,9 @@ def test_any_split_of_the_tokens(ranks: ThreadRanks, backend: str) -> None:
         cuts = [0, *sorted(torch.randint(0, T + 1, (3,), generator=g).tolist()), T]
         case = make_case(step, T=T, D=8, E=8, K=3, absent=0.3)
         want = run_case(case, DispatchConfig())
-        assert_same_bits(joined(ranks.run(4, lambda c: run_case(case, config, c, cuts=cuts))), want)
+        assert_same_bits(
+            joined(ranks.run(4, lambda c, case=case, cuts=cuts: run_case(case, config, c, cuts=cuts))), want
+        )
 
 
 def _only(case: Case, experts: list[int]) -> Case:
@@ -127,7 +129,8 @@ def test_bf16_rows(ranks: ThreadRanks, size: int, wire: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("apply_probs", PROBS)
 def test_bf16_wire_rounds_local_rows_too(ranks: ThreadRanks, backend: str, apply_probs: str) -> None:
-    """With every token on one rank's experts nothing is added at home: the rounding alone shows, and is the same at R = 1."""
+    """With every token on one rank's experts nothing is added at home: the rounding alone shows, and is the same at R =
+    1."""
     case = _only(make_case(8, T=12, D=8, E=8, K=2, absent=0.0), [0, 1])
     one = run_case(case, DispatchConfig(combine_format="bf16", apply_probs=apply_probs))
     assert torch.equal(one.dx, one.dx.bfloat16().float())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -37,14 +38,18 @@ def receive(case: Case, config: DispatchConfig, context: ParallelContext | None)
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("rows", "alignment"), [("compact", 1), ("expert_major", 1), ("expert_major", 8), ("expert_major", 16)])
+@pytest.mark.parametrize(
+    ("rows", "alignment"), [("compact", 1), ("expert_major", 1), ("expert_major", 8), ("expert_major", 16)]
+)
 def test_received_against_loops(ranks: ThreadRanks, size: int, backend: str, rows: str, alignment: int) -> None:
     """Every field: order, pads, probabilities, offsets, counts, maps."""
     case = make_case(size, T=22, D=4, E=8, K=3)
     config = DispatchConfig(backend=backend, rows=rows, alignment=alignment)
-    got = [receive(case, config, None)] if size == 1 else ranks.run(size, lambda context: receive(case, config, context))
+    got = (
+        [receive(case, config, None)] if size == 1 else ranks.run(size, lambda context: receive(case, config, context))
+    )
     cuts = [0, 22] if backend == "replicated" else even_cuts(22, size)
-    ids = [case.ids_TK[a:b].tolist() for a, b in zip(cuts, cuts[1:], strict=False)]
+    ids = [case.ids_TK[a:b].tolist() for a, b in itertools.pairwise(cuts)]
     for rank, received in enumerate(got):
         if backend == "replicated":
             want = oracle_dispatch.rows([ids[0] if r == 0 else [] for r in range(size)], 8, rank, alignment)
@@ -62,7 +67,9 @@ def test_received_against_loops(ranks: ThreadRanks, size: int, backend: str, row
             real = [row for row in want[ends[e] : ends[e + 1]] if row]
             assert {row[0] for row in real} <= {rank * L + e} and int(received.counts_L[e]) == len(real)
             assert received.counts_LR[e].tolist() == (
-                [len(real)] if received.counts_LR.shape[1] == 1 else [sum(row[1] == r for row in real) for r in range(size)]
+                [len(real)]
+                if received.counts_LR.shape[1] == 1
+                else [sum(row[1] == r for row in real) for r in range(size)]
             )
         assert received.expert_ids_L.tolist() == list(range(rank * L, (rank + 1) * L))
         x = received.rows if received.index_N is None else received.rows[received.index_N.long()]
@@ -192,7 +199,11 @@ def test_overflow_error_names_the_remedy(ranks: ThreadRanks) -> None:
     ids = torch.full_like(case.ids_TK, -1)
     ids[:, 0] = 7
     one_sided = Case(case.x_TD, ids, case.w_TK, case.dy_TD, case.experts)
-    errors = ranks.run(2, lambda context: run_case(one_sided, DispatchConfig(capacity="static", static_factor=0.5), context), fresh=True)
+    errors = ranks.run(
+        2,
+        lambda context: run_case(one_sided, DispatchConfig(capacity="static", static_factor=0.5), context),
+        fresh=True,
+    )
     assert [type(error) for error in errors] == [CapacityError, CapacityError]
     assert "ranks [1] overflowed" in str(errors[0]) and "static_factor" in str(errors[1])
 
@@ -223,12 +234,15 @@ def test_local_serves_one_rank(ranks: ThreadRanks) -> None:
     assert all(isinstance(error, ConfigError) for error in ranks.run(2, one, fresh=True))
 
 
-@pytest.mark.parametrize(("change", "text"), [
-    ({"top_k": 3}, "top_k: 2 on rank 0, 3 on rank 1"),
-    ({"num_experts": 16}, "num_experts: 8 on rank 0, 16 on rank 1"),
-    ({"layer_index": 5}, "layer: 0 on rank 0, 5 on rank 1"),
-    ({"config": DispatchConfig(alignment=8)}, "dispatch.alignment: 1 on rank 0, 8 on rank 1"),
-])
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"top_k": 3}, "top_k: 2 on rank 0, 3 on rank 1"),
+        ({"num_experts": 16}, "num_experts: 8 on rank 0, 16 on rank 1"),
+        ({"layer_index": 5}, "layer: 0 on rank 0, 5 on rank 1"),
+        ({"config": DispatchConfig(alignment=8)}, "dispatch.alignment: 1 on rank 0, 8 on rank 1"),
+    ],
+)
 def test_static_facts_are_compared_at_bind(ranks: ThreadRanks, change: dict, text: str) -> None:
     def one(context: ParallelContext) -> None:
         facts = {"config": DispatchConfig(), "num_experts": 8, "top_k": 2, "layer_index": 0}
@@ -265,7 +279,9 @@ def test_other_layer_and_other_step(ranks: ThreadRanks) -> None:
 
 def test_absent_rank_is_named_and_the_group_stays_unusable(ranks: ThreadRanks) -> None:
     def one(context: ParallelContext) -> tuple[Exception, Exception] | None:
-        dispatcher = make_dispatcher(DispatchConfig(deadline_s=1.0), num_experts=12, top_k=2, context=context, layer_index=3)
+        dispatcher = make_dispatcher(
+            DispatchConfig(deadline_s=1.0), num_experts=12, top_k=2, context=context, layer_index=3
+        )
         if context.ep_rank == 1:
             return None
         context.step = 7
@@ -288,7 +304,9 @@ def test_absent_rank_is_named_and_the_group_stays_unusable(ranks: ThreadRanks) -
 def test_wrong_ids(ranks: ThreadRanks) -> None:
     def one(context: ParallelContext) -> None:
         dispatcher = make_dispatcher(DispatchConfig(), num_experts=8, top_k=2, context=context)
-        dispatcher.dispatch(torch.zeros(5, 4), Routing.from_ids(torch.zeros(4, 2).long(), torch.ones(4, 2), num_experts=8))
+        dispatcher.dispatch(
+            torch.zeros(5, 4), Routing.from_ids(torch.zeros(4, 2).long(), torch.ones(4, 2), num_experts=8)
+        )
 
     for error in ranks.run(2, one, fresh=True):
         assert isinstance(error, RoutingError) and "[5, 2] for x of 5 tokens" in str(error)

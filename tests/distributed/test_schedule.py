@@ -1,4 +1,5 @@
-"""Halves in any order: several dispatches in flight, 1F1B orders, both kinds of activation checkpointing, dropped handles."""
+"""Halves in any order: several dispatches in flight, 1F1B orders, both kinds of activation checkpointing, dropped
+handles."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from moe_layer.config.model import DispatchConfig
 from moe_layer.dispatch import Dispatcher, make_dispatcher
 from moe_layer.parallel.context import ParallelContext
 from moe_layer.types import Routing
-from tests.distributed.cases import Case, apply_experts, assert_same_bits, even_cuts, make_case, run_case, Result
+from tests.distributed.cases import Case, Result, apply_experts, assert_same_bits, even_cuts, make_case, run_case
 from tests.distributed.ranks import ThreadRanks
 
 BACKENDS = ("all_to_all", "all_gather", "replicated")
@@ -86,7 +87,10 @@ def test_halves_interleave(ranks: ThreadRanks, backend: str) -> None:
         received = [d.dispatch_recv(handle, token) for handle, token in sent]
         rows = [apply_experts(r, s.experts) for r, s in zip(received, shares, strict=True)]
         back = [d.combine_send(row, r) for row, r in zip(rows, received, strict=True)]
-        ys = [d.combine_recv(handle, token, torch.zeros_like(s.x)) for (handle, token), s in zip(back, shares, strict=True)]
+        ys = [
+            d.combine_recv(handle, token, torch.zeros_like(s.x))
+            for (handle, token), s in zip(back, shares, strict=True)
+        ]
         torch.autograd.backward(ys, [s.dy for s in shares])
         return [(share.result(y), want) for share, y, want in zip(shares, ys, alone, strict=True)]
 
@@ -110,8 +114,11 @@ def test_checkpointing(ranks: ThreadRanks, backend: str, reentrant: bool, micro_
         for share in shares:
             ys.append(
                 checkpoint(
-                    lambda x, w, share=share: share.forward(d, x, w), share.x, share.w,
-                    use_reentrant=reentrant, preserve_rng_state=False,
+                    lambda x, w, share=share: share.forward(d, x, w),
+                    share.x,
+                    share.w,
+                    use_reentrant=reentrant,
+                    preserve_rng_state=False,
                 )
             )
         for y, share in reversed(list(zip(ys, shares, strict=True))):
@@ -190,7 +197,8 @@ def test_gradcheck(ranks: ThreadRanks, size: int, apply_probs: str) -> None:
 
     def one(context: ParallelContext | None) -> bool:
         d = make_dispatcher(config, num_experts=4, top_k=2, context=context)
-        # all ranks hold the same tokens, so that the evaluations pair up; the sum of what they send is each one's output
+        # all ranks hold the same tokens, so that the evaluations pair up; the sum of what they send is each one's
+        # output
         experts = case.experts[: 4 // size].clone()
 
         def fn(x: Tensor, w: Tensor, experts: Tensor) -> Tensor:

@@ -38,7 +38,9 @@ def test_a_run_writes_and_prints_what_it_promises(tmp_path: Path, capsys: pytest
     names = {path.name for path in out.iterdir()}
     assert {"resolved.yaml", "metrics.jsonl", "checkpoints", "sample.txt", "load.png"} <= names
     assert [p.name for p in checkpoint.checkpoints(out / "checkpoints")] == ["step_00000020", "step_00000030"]
-    steps = re.findall(r"^step (\d+)/30  loss [\d.]+  aux [\d.]+  z [\d.]+  imb [\d.]+ \(max L\d [\d.]+\)  drop", printed, re.M)
+    steps = re.findall(
+        r"^step (\d+)/30  loss [\d.]+  aux [\d.]+  z [\d.]+  imb [\d.]+ \(max L\d [\d.]+\)  drop", printed, re.M
+    )
     assert [int(step) for step in steps] == list(range(1, 31))
     train = [r for r in read_metrics(out) if r["kind"] == "train"]
     val = [r for r in read_metrics(out) if r["kind"] == "val"]
@@ -84,17 +86,29 @@ def test_resume_is_bit_exact(tmp_path: Path, recompute: str) -> None:
     assert _train(tmp_path, "--out", str(resumed), "--resume", str(middle), *options) == 0
     one, two = (_tensors(folder / "checkpoints" / "step_00000006") for folder in (whole, resumed))
     assert one.keys() == two.keys() and len(one) > 60
-    assert any("expert_bias" in key for key in one) and any("counter." in key for key in one) and any("rng" in k for k in one)
+    assert (
+        any("expert_bias" in key for key in one)
+        and any("counter." in key for key in one)
+        and any("rng" in k for k in one)
+    )
     different = [key for key in one if not torch.equal(one[key], two[key])]
     assert not different
-    losses = [[r["loss/train"] for r in read_metrics(folder) if (r["step"], r["kind"]) == (6, "train")] for folder in (whole, resumed)]
+    losses = [
+        [r["loss/train"] for r in read_metrics(folder) if (r["step"], r["kind"]) == (6, "train")]
+        for folder in (whole, resumed)
+    ]
     assert losses[0] == losses[1]
 
 
-def test_resume_auto_continues_in_place_and_forgets_the_abandoned_future(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_auto_continues_in_place_and_forgets_the_abandoned_future(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     assert _train(tmp_path, "--out", str(out)) == 0
-    assert _train(tmp_path, "--out", str(out), "--resume", str(out / "checkpoints" / "step_00000003"), "train.steps=5") == 0
+    assert (
+        _train(tmp_path, "--out", str(out), "--resume", str(out / "checkpoints" / "step_00000003"), "train.steps=5")
+        == 0
+    )
     assert [r["step"] for r in read_metrics(out) if r["kind"] == "train"] == [1, 2, 3, 4, 5]
     assert [p.name for p in checkpoint.checkpoints(out / "checkpoints")] == ["step_00000003", "step_00000005"]
     assert _train(tmp_path, "--out", str(out), "--resume", "auto", "train.steps=7") == 0
@@ -143,7 +157,9 @@ def test_sigkill_during_a_save_leaves_the_last_checkpoint_whole(tmp_path: Path) 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_with_its_exit_code(tmp_path: Path, signum: signal.Signals) -> None:
     out = tmp_path / "run"
-    process = _start(tmp_path, _PLAIN, "--out", str(out), "train.steps=100000", "train.checkpoint_every=0", "train.val_every=0")
+    process = _start(
+        tmp_path, _PLAIN, "--out", str(out), "train.steps=100000", "train.checkpoint_every=0", "train.val_every=0"
+    )
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 2/"):
@@ -164,8 +180,14 @@ BAD = [
     (["data.files=['/']"], r"'/' is not a regular file"),
     (["--resume", "/nowhere"], r"no checkpoint in /nowhere .*give a run directory"),
     (["train.device=cuda"], r"train\.device is cuda, but this torch sees no CUDA device"),
-    (["parallel.ep=2", "train.micro_batch=2"], r"parallel\.ep \(2\) must divide the number of ranks \(1\); start with torchrun"),
-    (["optimizer.lr=1e38", "optimizer.clip_norm=0", "train.log_every=6"], r"step 6: loss is .* not finite; lower optimizer\.lr"),
+    (
+        ["parallel.ep=2", "train.micro_batch=2"],
+        r"parallel\.ep \(2\) must divide the number of ranks \(1\); start with torchrun",
+    ),
+    (
+        ["optimizer.lr=1e38", "optimizer.clip_norm=0", "train.log_every=6"],
+        r"step 6: loss is .* not finite; lower optimizer\.lr",
+    ),
     (["--out", "/dev/null"], r"/dev/null exists and is not a directory"),
 ]
 
@@ -192,21 +214,38 @@ def test_a_damaged_checkpoint_is_one_clear_message(tmp_path: Path, capsys: pytes
     capsys.readouterr()
     assert _train(tmp_path, "--out", str(out), "--resume", "auto") == 2
     stderr = capsys.readouterr().err
-    assert re.search(r"is damaged: shard-\S+ \(\d+ bytes\) does not match its checksum; resume from another one: .*00003", stderr)
+    assert re.search(
+        r"is damaged: shard-\S+ \(\d+ bytes\) does not match its checksum; resume from another one: .*00003", stderr
+    )
     assert read_metrics(out) == before
 
 
 def test_dry_run_prints_sizes_and_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _train(tmp_path, "--dry-run", "--out", str(tmp_path / "run")) == 0
     printed = capsys.readouterr().out
-    for word in ("parameters", "active per token", "FLOPs", "weights", "gradients", "optimizer", "activations", "total"):
+    for word in (
+        "parameters",
+        "active per token",
+        "FLOPs",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "total",
+    ):
         assert word in printed
     assert not (tmp_path / "run").exists()
 
 
 def test_bf16_compile_and_greedy_sampling_run(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    options = ["train.dtype=bf16", "sample.temperature=0", "train.steps=2", "train.val_every=0", "train.checkpoint_every=0"]
+    options = [
+        "train.dtype=bf16",
+        "sample.temperature=0",
+        "train.steps=2",
+        "train.val_every=0",
+        "train.checkpoint_every=0",
+    ]
     assert _train(tmp_path, "--out", str(out), *options) == 0
     assert all(r["loss/train"] < 6 for r in read_metrics(out) if r["kind"] == "train")
     state = _tensors(checkpoint.find(out))

@@ -38,7 +38,16 @@ def _one(folder: Path, out: Path, *, resume: Path | None = None, steps: int = 50
 
 
 def _two(folder: Path, out: Path, *, resume: Path | None = None) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moe_layer"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "moe_layer",
+    ]
     command += _arguments(folder, out, resume, {"train.micro_batch": 4, "parallel.ep": 2})
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=110, check=False)
@@ -56,7 +65,7 @@ def _whole_tensors(checkpoint: Path) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {}
     for file in sorted(checkpoint.glob("shard-*.safetensors")):
         with safe_open(file, framework="pt") as handle:
-            for key in handle.keys():  # noqa: SIM118 (no mapping)
+            for key in handle.keys():  # noqa: SIM118 (a file handle has no __iter__)
                 parts.setdefault(key, []).append(handle.get_tensor(key))
     return {key: torch.cat(found) for key, found in parts.items()}
 

@@ -49,9 +49,7 @@ def test_row_order(routing: tuple[torch.Tensor, int, int], alignment: int, spare
     L = E // R
     for rank in range(R):
         want = oracle_dispatch.rows([ids.tolist() if r == 0 else [] for r in range(R)], E, rank, alignment)
-        order = sort_slots(
-            ids, first_expert=rank * L, num_local=L, alignment=alignment, num_rows=len(want) + spare
-        )
+        order = sort_slots(ids, first_expert=rank * L, num_local=L, alignment=alignment, num_rows=len(want) + spare)
         K = ids.shape[1]
         slots = [-1 if row is None else row[2] * K + row[3] for row in want] + [-1] * spare
         assert order.slot_N.tolist() == slots
@@ -67,7 +65,9 @@ def test_row_order(routing: tuple[torch.Tensor, int, int], alignment: int, spare
 
 @settings(max_examples=100)
 @given(routings(), st.sampled_from([1, 8]), st.integers(0, 40))
-def test_fitting_keeps_the_youngest_tokens(routing: tuple[torch.Tensor, int, int], alignment: int, capacity: int) -> None:
+def test_fitting_keeps_the_youngest_tokens(
+    routing: tuple[torch.Tensor, int, int], alignment: int, capacity: int
+) -> None:
     ids, E, _ = routing
     T = ids.shape[0]
     age = torch.randperm(T, generator=torch.Generator().manual_seed(T))
@@ -83,11 +83,15 @@ def test_fitting_keeps_the_youngest_tokens(routing: tuple[torch.Tensor, int, int
 
 
 def test_experts_that_do_not_split_over_the_ranks() -> None:
-    with pytest.raises(ConfigError, match=r"num_experts \(60\) must be divisible by parallel.ep \(8\); try 1, 2, 3, 4, 5, 6"):
+    with pytest.raises(
+        ConfigError, match=r"num_experts \(60\) must be divisible by parallel.ep \(8\); try 1, 2, 3, 4, 5, 6"
+    ):
         make_plan(torch.zeros(1, 1, dtype=torch.int32), num_experts=60, num_ranks=8)
 
 
-@pytest.mark.parametrize("ids", [torch.zeros(3), torch.zeros(3, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.bool)])
+@pytest.mark.parametrize(
+    "ids", [torch.zeros(3), torch.zeros(3, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.bool)]
+)
 def test_ids_that_are_none(ids: torch.Tensor) -> None:
     with pytest.raises(RoutingError, match="ids must be an integer"):
         make_plan(ids, num_experts=8, num_ranks=2)

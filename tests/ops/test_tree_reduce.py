@@ -19,7 +19,7 @@ def make(
     g = torch.Generator().manual_seed(seed)
     ids = torch.stack([torch.randperm(E, generator=g)[:K] for _ in range(M)]).int() if M else torch.zeros(0, K).int()
     rows = torch.randn(M * K + 2, D, generator=g) * 10.0 ** torch.randint(-3, 4, (M * K + 2, 1), generator=g)
-    rows[:: 5] = -0.0
+    rows[::5] = -0.0
     row = torch.randperm(M * K + 2, generator=g)[: M * K].view(M, K).int()
     gone = torch.rand(M, K, generator=g) < absent
     return rows.to(dtype), torch.where(gone, -1, row), torch.where(gone, -1, ids), torch.rand(M, K, generator=g)
@@ -35,7 +35,9 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     seed=st.integers(0, 2**20),
     K=st.integers(1, 8),
     # (E, blocks): whole trees, odd numbers of blocks (ranks that are no power of two), one block
-    shape=st.sampled_from([(8, 8), (16, 8), (64, 8), (12, 4), (10, 2), (9, 1), (9, 9), (12, 6), (10, 5), (12, 3), (16, 16)]),
+    shape=st.sampled_from(
+        [(8, 8), (16, 8), (64, 8), (12, 4), (10, 2), (9, 1), (9, 9), (12, 6), (10, 5), (12, 3), (16, 16)]
+    ),
     M=st.integers(0, 9),
     absent=st.sampled_from([0.0, 0.3, 1.0]),
     weighted=st.booleans(),
@@ -45,9 +47,7 @@ def test_bits_equal_literal_loops(
     seed: int, K: int, shape: tuple[int, int], M: int, absent: float, weighted: bool, double: bool
 ) -> None:
     E, blocks = shape
-    rows, row, ids, weights = make(
-        seed, M=M, K=K, E=E, absent=absent, dtype=torch.float64 if double else torch.float32
-    )
+    rows, row, ids, weights = make(seed, M=M, K=K, E=E, absent=absent, dtype=torch.float64 if double else torch.float32)
     w = weights if weighted else None
     got = tree_reduce(rows, row, ids_MK=ids, weights_MK=w, num_experts=E, blocks=blocks)
     assert same_bits(got, oracle_dispatch.tree_sum(rows, row, ids, w, E, blocks))
@@ -121,9 +121,7 @@ def test_gradcheck(K: int, weighted: bool, with_src: bool) -> None:
                     src[n] = m
 
     def fn(rows: Tensor, *w: Tensor) -> Tensor:
-        return tree_reduce(
-            rows, row, ids_MK=ids, weights_MK=w[0] if w else None, src_N=src, num_experts=8, blocks=8
-        )
+        return tree_reduce(rows, row, ids_MK=ids, weights_MK=w[0] if w else None, src_N=src, num_experts=8, blocks=8)
 
     inputs = (rows,) if w is None else (rows, w)
     assert torch.autograd.gradcheck(fn, inputs)

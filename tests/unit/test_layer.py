@@ -250,7 +250,10 @@ def test_state_dict_keys_are_the_contract():
     router = RouterConfig(num_experts=E, top_k=K, score_function="sigmoid", expert_bias=True, linear_bias=True)
     experts = ExpertsConfig(intermediate_size=F, bias=True)
     shared = SharedExpertConfig(intermediate_size=4, gate=True)
-    shapes = {n: tuple(t.shape) for n, t in make_layer(make_config(router=router, experts=experts, shared_expert=shared)).state_dict().items()}
+    shapes = {
+        n: tuple(t.shape)
+        for n, t in make_layer(make_config(router=router, experts=experts, shared_expert=shared)).state_dict().items()
+    }
     assert shapes == {
         "router.weight": (E, D),
         "router.bias": (E,),

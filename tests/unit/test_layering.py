@@ -23,7 +23,8 @@ LEVELS = [
     {"cli", "__main__"},
 ]
 LEVEL = {part: index for index, parts in enumerate(LEVELS) for part in parts}
-# `parallelize` looks for MoELayers, so it sits above the layer; the rest of parallel (groups, version shims) sits below.
+# `parallelize` looks for MoELayers, so it sits above the layer; the rest of parallel (groups, version shims) sits
+# below.
 ABOVE_THE_LAYER = {"parallel/shard.py"}
 # Not even their own level: ops know no configuration, and reading a configuration loads no torch.
 FORBIDDEN = {("ops", "config"), ("config", "ops"), ("config", "types")}
@@ -59,9 +60,7 @@ def test_imports_point_down(path: Path) -> None:
     assert part in LEVEL, f"{path} is in no level: add {part!r} to LEVELS and to docs/design.md section 8"
     level = LEVEL["layer"] + 1 if str(path.relative_to(PACKAGE)) in ABOVE_THE_LAYER else LEVEL[part]
     for other in imported_parts(path):
-        assert LEVEL[other] <= level, (
-            f"{path.relative_to(ROOT)} ({part}) imports moe_layer.{other}, which is above it"
-        )
+        assert LEVEL[other] <= level, f"{path.relative_to(ROOT)} ({part}) imports moe_layer.{other}, which is above it"
         assert (part, other) not in FORBIDDEN, f"{path.relative_to(ROOT)} ({part}) must not import moe_layer.{other}"
 
 

@@ -109,7 +109,9 @@ def test_another_model_is_refused_with_names_and_shapes(tmp_path: Path) -> None:
         assert part in str(error.value)
 
 
-def test_a_save_that_fails_leaves_the_previous_one_and_is_cleaned_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_that_fails_leaves_the_previous_one_and_is_cleaned_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = _save(tmp_path, 1)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_write_manifest", _raise_disk_full)

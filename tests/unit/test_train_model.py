@@ -1,4 +1,5 @@
-"""The decoder and what is counted about it: FLOPs, parameters and memory against torch's own counters and real tensors."""
+"""The decoder and what is counted about it: FLOPs, parameters and memory against torch's own counters and real
+tensors."""
 
 from __future__ import annotations
 
@@ -14,15 +15,14 @@ from moe_layer.config.train import OptimizerConfig, TrainConfig
 from moe_layer.observe.flops import count_parameters, peak_tflops, train_flops_per_token
 from moe_layer.train.data import VOCAB
 from moe_layer.train.dryrun import describe, estimate
-from moe_layer.train.model import Decoder, token_losses
+from moe_layer.train.model import Decoder, token_losses, torch_dtype
 from moe_layer.train.optim import Optimizer
 from tests.e2e.micro import micro_config
 
 
 def _decoder(config: TrainConfig, **options: str) -> Decoder:
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-    return Decoder(config.model, config.moe, dtype=dtype, **options)
+    return Decoder(config.model, config.moe, dtype=torch_dtype(config.train.dtype), **options)
 
 
 def _tokens(config: TrainConfig) -> Tensor:
@@ -73,7 +73,9 @@ def test_activation_checkpointing_changes_no_gradient_and_counts_once(tmp_path: 
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
-@pytest.mark.parametrize("overrides", [[], ["model.dense_layers=1", "model.dense_intermediate_size=48", "model.num_kv_heads=1"]])
+@pytest.mark.parametrize(
+    "overrides", [[], ["model.dense_layers=1", "model.dense_intermediate_size=48", "model.num_kv_heads=1"]]
+)
 def test_flops_agree_with_torch_counter(tmp_path: Path, overrides: list[str]) -> None:
     config = micro_config(tmp_path, "moe.shared_expert.intermediate_size=16", *overrides)
     model, tokens = _decoder(config), _tokens(config)
@@ -95,6 +97,7 @@ def test_parameter_count(tmp_path: Path) -> None:
 CASES = [
     [],
     ["train.dtype=bf16"],
+    ["train.dtype=fp64"],
     ["moe.dispatch.rows=compact"],
     ["model.num_kv_heads=1", "moe.experts.recompute=h"],
     ["model.dense_layers=1", "model.dense_intermediate_size=64"],

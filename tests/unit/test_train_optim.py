@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def test_schedule_warms_up_and_ends_at_min_lr() -> None:
     rates = [learning_rate(step, config=config, steps=20) for step in range(20)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4] == pytest.approx(1.0) and rates[-1] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
 
 
 def test_only_matrices_decay(tmp_path: Path) -> None:
@@ -43,7 +44,7 @@ def test_another_project_called_apex_is_named(tmp_path: Path, monkeypatch: pytes
     assert fused is None and "PyPI's 'apex' is another project" in reason and str(tmp_path) in reason
     monkeypatch.delitem(sys.modules, "apex", raising=False)
     model = torch.nn.Linear(2, 2)
-    with pytest.raises(ConfigError, match="optimizer.name is apex_fused_adam, but"):
+    with pytest.raises(ConfigError, match=r"optimizer\.name is apex_fused_adam, but"):
         Optimizer(model, OptimizerConfig(name="apex_fused_adam"), device=torch.device("cpu"))
 
 

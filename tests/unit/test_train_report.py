@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from moe_layer.observe.metrics import MetricsWriter, format_line, layer_load, load_metrics, read_metrics, short_number, short_time
+from moe_layer.observe.metrics import (
+    MetricsWriter,
+    format_line,
+    layer_load,
+    load_metrics,
+    read_metrics,
+    short_number,
+    short_time,
+)
 from moe_layer.observe.plots import plot_run
 from moe_layer.train.report import load_chart
 
@@ -52,7 +60,12 @@ def test_short_time(value: float, text: str) -> None:
 def test_bar_chart_shows_balance_death_and_numbers() -> None:
     chart = load_chart([[10, 10, 10, 10], [40, 0, 20, 20]], layers=[0, 3]).splitlines()
     assert "▄ ▄ ▄ ▄" in chart[1] and "imb 1.00" in chart[1]
-    assert "█ x ▄ ▄" in chart[2] and "L3" in chart[2] and "min 0.0% (e1)  max 50.0% (e0)" in chart[2] and "dead 1" in chart[2]
+    assert (
+        "█ x ▄ ▄" in chart[2]
+        and "L3" in chart[2]
+        and "min 0.0% (e1)  max 50.0% (e0)" in chart[2]
+        and "dead 1" in chart[2]
+    )
     assert load_chart([[1, 1]], encoding="ascii").isascii()
     assert len(load_chart([[1] * 256]).splitlines()) == 5
 
