@@ -1,0 +1,362 @@
+// What the router's forward and backward kernels share: the argument block, loads of any dtype, scores, reductions.
+//
+// Letters: T tokens, E experts, K top-k, G groups, S sequences. Arithmetic is fp32 whatever the logits' dtype.
+// A row of logits is owned by L lanes of a warp (32/L rows a warp). Lane `gl` of the row holds chunks of 8 experts,
+// chunk c = experts [8*(c*L + gl), +8), so that 16-byte loads of neighbouring lanes touch neighbouring addresses.
+#pragma once
+
+#include "common.cuh"
+
+#include <cmath>
+
+namespace moe_layer::router {
+
+enum Score : int { kSoftmax, kSigmoid, kSqrtSoftplus };
+enum WeightRule : int { kOverChosen, kPreSoftmax, kScore, kScoreNormalised };
+enum Aux : int { kNoAux, kLive, kEffective };
+enum MapFormat : int { kNoMap, kBytemap, kBitmap };
+enum Float : int { kF32, kBF16, kF16, kF64 };
+enum Int : int { kU8, kI8, kI16, kI32, kI64 };
+
+constexpr unsigned kFull = 0xffffffffu;
+constexpr float kEps = 1e-20f;
+constexpr float kBrokenKey = -1e30f;  // what a group's sum counts for a key that is not finite (route_topk_ref.py)
+constexpr float kPad = -3.0e38f;      // an expert that does not exist: finite, exp and score 0
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr unsigned long long kPoison = 1ull << 63;  // a NaN among the addends of a fixed-point sum; sums stay below 2^62
+
+struct FloatArray {
+  const void* data;
+  int kind;
+};
+
+struct IntArray {
+  const void* data;
+  int kind;
+};
+
+__device__ __forceinline__ float load_float(const FloatArray& a, int64_t i) {
+  switch (a.kind) {
+    case kF32: return __ldg(static_cast<const float*>(a.data) + i);
+    case kBF16: return __bfloat162float(static_cast<const __nv_bfloat16*>(a.data)[i]);
+    case kF16: return __half2float(static_cast<const __half*>(a.data)[i]);
+    default: return static_cast<float>(static_cast<const double*>(a.data)[i]);
+  }
+}
+
+template <typename A>
+__device__ __forceinline__ A load_as(const FloatArray& a, int64_t i) {
+  if constexpr (std::is_same_v<A, double>) {
+    if (a.kind == kF64) return static_cast<const double*>(a.data)[i];
+  }
+  return static_cast<A>(load_float(a, i));
+}
+
+__device__ __forceinline__ int64_t load_int(const IntArray& a, int64_t i) {
+  switch (a.kind) {
+    case kU8: return static_cast<const uint8_t*>(a.data)[i];
+    case kI8: return static_cast<const int8_t*>(a.data)[i];
+    case kI16: return static_cast<const int16_t*>(a.data)[i];
+    case kI32: return static_cast<const int32_t*>(a.data)[i];
+    default: return static_cast<const int64_t*>(a.data)[i];
+  }
+}
+
+// -1 missing, [0, E) an expert, E out of range: a 64-bit id never reaches an index unclamped.
+__device__ __forceinline__ int load_id(const IntArray& a, int64_t i, int num_experts) {
+  const int64_t id = load_int(a, i);
+  return id < 0 ? -1 : id >= num_experts ? num_experts : static_cast<int>(id);
+}
+
+// Sequence of a token: the last boundary at or before it; -1 outside the boundaries.
+__device__ __forceinline__ int sequence_of(const IntArray& cu_seqlens, int sequences, int64_t token) {
+  if (cu_seqlens.data == nullptr) return 0;
+  int low = 0, high = sequences + 1;  // first boundary greater than token lies in [low, high]
+  while (low < high) {
+    const int mid = (low + high) / 2;
+    if (load_int(cu_seqlens, mid) <= token) {
+      low = mid + 1;
+    } else {
+      high = mid;
+    }
+  }
+  return low - 1 < sequences ? low - 1 : -1;
+}
+
+__device__ __forceinline__ void store_float(void* data, int kind, int64_t i, float v) {
+  switch (kind) {
+    case kF32: static_cast<float*>(data)[i] = v; return;
+    case kBF16: static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(v); return;
+    default: static_cast<__half*>(data)[i] = __float2half_rn(v); return;
+  }
+}
+
+__device__ __forceinline__ void store8(void* data, int kind, int64_t i, const float* v) {
+  if (kind == kF32) {
+    float4* target = reinterpret_cast<float4*>(static_cast<float*>(data) + i);
+    target[0] = make_float4(v[0], v[1], v[2], v[3]);
+    target[1] = make_float4(v[4], v[5], v[6], v[7]);
+    return;
+  }
+  uint32_t words[4];
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    if (kind == kBF16) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(v[2 * w], v[2 * w + 1]);
+      words[w] = *reinterpret_cast<const uint32_t*>(&pair);
+    } else {
+      const __half2 pair = __floats2half2_rn(v[2 * w], v[2 * w + 1]);
+      words[w] = *reinterpret_cast<const uint32_t*>(&pair);
+    }
+  }
+  *reinterpret_cast<uint4*>(static_cast<uint16_t*>(data) + i) = make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// Eight neighbouring values as they lie in memory (`Words` of 16 bytes), and widened. Loading and widening are apart because a
+// widened value is waited for: all loads of a row must be on their way before the first one is used.
+template <int Kind>
+struct Eight {
+  uint4 words[Kind == kF32 ? 2 : 1];
+
+  __device__ __forceinline__ void load(const void* data, int64_t i) {
+    const uint4* source = reinterpret_cast<const uint4*>(static_cast<const char*>(data) + i * (Kind == kF32 ? 4 : 2));
+    words[0] = __ldg(source);
+    if constexpr (Kind == kF32) words[1] = __ldg(source + 1);
+  }
+
+  __device__ __forceinline__ void widen(float* out) const {
+    const uint32_t* raw = reinterpret_cast<const uint32_t*>(words);
+    if constexpr (Kind == kF32) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) out[j] = __uint_as_float(raw[j]);
+    } else {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        if constexpr (Kind == kBF16) {
+          out[2 * w] = __uint_as_float(raw[w] << 16);
+          out[2 * w + 1] = __uint_as_float(raw[w] & 0xffff0000u);
+        } else {
+          const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&raw[w]));
+          out[2 * w] = pair.x, out[2 * w + 1] = pair.y;
+        }
+      }
+    }
+  }
+};
+
+template <int Kind, int L, int C>
+__device__ __forceinline__ void load_vectors(
+    const void* data, int64_t row, bool live, int num_experts, int gl, float pad, float (&x)[C * 8]) {
+  Eight<Kind> raw[C];
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    const int first = 8 * (c * L + gl);
+    if (live && first < num_experts) raw[c].load(data, row * num_experts + first);
+  }
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    const bool here = live && 8 * (c * L + gl) < num_experts;
+    raw[c].widen(&x[8 * c]);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) x[8 * c + j] = here ? x[8 * c + j] : pad;
+  }
+}
+
+// Any E and any alignment: one element at a time.
+template <typename T, int L, int C>
+__device__ __forceinline__ void load_scalars(
+    const void* data, int64_t row, bool live, int num_experts, int gl, float pad, float (&x)[C * 8]) {
+  const T* source = static_cast<const T*>(data) + row * num_experts;
+#pragma unroll
+  for (int i = 0; i < C * 8; ++i) {
+    const int e = 8 * ((i / 8) * L + gl) + i % 8;
+    x[i] = live && e < num_experts ? to_float(source[e]) : pad;
+  }
+}
+
+// The row's values of this lane, `pad` where there is no expert (or no row). `vector`: E is a multiple of 8, rows aligned.
+template <int L, int C>
+__device__ __forceinline__ void load_row(
+    const FloatArray& a, bool vector, int64_t row, bool live, int num_experts, int gl, float pad, float (&x)[C * 8]) {
+  if (vector) {
+    switch (a.kind) {
+      case kF32: return load_vectors<kF32, L, C>(a.data, row, live, num_experts, gl, pad, x);
+      case kBF16: return load_vectors<kBF16, L, C>(a.data, row, live, num_experts, gl, pad, x);
+      default: return load_vectors<kF16, L, C>(a.data, row, live, num_experts, gl, pad, x);
+    }
+  }
+  switch (a.kind) {
+    case kF32: return load_scalars<float, L, C>(a.data, row, live, num_experts, gl, pad, x);
+    case kBF16: return load_scalars<__nv_bfloat16, L, C>(a.data, row, live, num_experts, gl, pad, x);
+    default: return load_scalars<__half, L, C>(a.data, row, live, num_experts, gl, pad, x);
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------------- scores
+
+__device__ __forceinline__ float exp2_fast(float v) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
+  return out;
+}
+
+__device__ __forceinline__ float reciprocal(float v) {
+  float out;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
+  return out;
+}
+
+// Position independent: within 4 ulp of 1 / (1 + exp(-x)) wherever the expert stands.
+__device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + expf(-x)); }
+
+__device__ __forceinline__ float sqrt_softplus(float x) {
+  return sqrtf(x > 20.0f ? x : log1pf(expf(fminf(x, 20.0f))));  // fminf turns NaN into 20: x is tested by the caller
+}
+
+__device__ __forceinline__ float score_of(float x, int score) {
+  if (score == kSigmoid) return sigmoid(x);
+  return x != x ? x : sqrt_softplus(x);
+}
+
+__device__ __forceinline__ double score_of(double x, int score) {
+  if (score == kSigmoid) return 1.0 / (1.0 + exp(-x));
+  return x != x ? x : sqrt(x > 20.0 ? x : log1p(exp(fmin(x, 20.0))));
+}
+
+// d score / d logit.
+template <typename A>
+__device__ __forceinline__ A score_slope(A x, A y, int score) {
+  if (score == kSigmoid) return y * (A(1) - y);
+  return score_of(x, static_cast<int>(kSigmoid)) / (A(2) * y + A(1e-20));
+}
+
+// fp32 -> uint32 with the same order; -0 equals 0.
+__device__ __forceinline__ uint32_t ordered(float v) {
+  const uint32_t bits = __float_as_uint(v + 0.0f);
+  return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
+}
+
+__device__ __forceinline__ bool is_finite(float v) { return fabsf(v) < INFINITY; }
+
+// ----------------------------------------------------------------------------- reductions over the L lanes of a row
+
+template <int L>
+__device__ __forceinline__ float row_max(float v) {
+#pragma unroll
+  for (int o = L / 2; o > 0; o >>= 1) v = fmaxf(v, __shfl_xor_sync(kFull, v, o));
+  return v;
+}
+
+template <int L>
+__device__ __forceinline__ float row_sum(float v) {
+#pragma unroll
+  for (int o = L / 2; o > 0; o >>= 1) v += __shfl_xor_sync(kFull, v, o);
+  return v;
+}
+
+template <int L>
+__device__ __forceinline__ uint32_t row_max(uint32_t v) {
+  if constexpr (L == 32) {
+    return __reduce_max_sync(kFull, v);
+  } else {
+#pragma unroll
+    for (int o = L / 2; o > 0; o >>= 1) v = max(v, __shfl_xor_sync(kFull, v, o));
+    return v;
+  }
+}
+
+template <int L>
+__device__ __forceinline__ uint32_t row_or(uint32_t v) {
+#pragma unroll
+  for (int o = L / 2; o > 0; o >>= 1) v |= __shfl_xor_sync(kFull, v, o);
+  return v;
+}
+
+// Pairwise, so that the sum of 16 numbers rounds 4 times, not 16.
+template <int N>
+__device__ __forceinline__ float tree_sum(const float* v) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    return tree_sum<N / 2>(v) + tree_sum<N / 2>(v + N / 2);
+  }
+}
+
+// -------------------------------------------------------------------------------------------------------- arguments
+
+struct Forward {
+  FloatArray logits;
+  bool vector;  // 16-byte loads are possible
+  int64_t tokens;
+  int experts, top_k, sequences;
+  int score, weight_rule;
+  bool key_is_logit;    // softmax "post" (or plain): the key is the logit (+ bias)
+  bool exact_keys;      // bf16/fp16 logits as keys: the packed key loses nothing
+  bool need_scores;     // scores over all E are used
+  float scale;
+  double scale_wide;
+  FloatArray bias;
+  int groups, group_topk, group_count, group_size;
+  bool group_chunked;   // groups are runs of 1, 2, 4.. whole chunks, summed in registers
+  int group_shift;      // log2(group_size) then
+  IntArray replay;
+  FloatArray recorded;  // null: live weights everywhere
+  const bool* valid;
+  IntArray cu_seqlens;
+  int aux;
+  bool live_apart;      // the ids that the aux loss counts are not the ids returned
+  bool want_z;
+  int map_format;
+  void* weights;        // fp32, or fp64 for fp64 logits; likewise scores, score_sum, z_sum
+  int32_t* ids;
+  int32_t* counts;
+  int32_t* aux_counts;
+  int32_t* events;
+  void* probs;
+  void* scores;
+  uint8_t* map;
+  void* score_sum;
+  void* z_sum;
+  unsigned long long* sums;  // [S, E] fixed point
+  double* z_parts;           // [blocks]
+  unsigned* ticket;
+  double sum_scale, sum_unscale;
+  int warp_words;            // shared memory of one warp, in 4-byte words
+};
+
+struct Backward {
+  FloatArray logits, d_weights, d_score_sum, d_z, d_probs, d_scores;
+  bool vector;
+  const int32_t* ids;
+  IntArray replay;  // null: every slot has a gradient
+  IntArray cu_seqlens;
+  int64_t tokens;
+  int experts, top_k, sequences;
+  int score, weight_rule;
+  bool dense;       // something other than the K weights sends a gradient
+  float scale;
+  double scale_wide;
+  void* d_logits;
+};
+
+// Host launchers, one file each so that they compile in parallel. `blocks` is the size of the grid.
+void launch_forward_plain(const Forward& args, int blocks, cudaStream_t stream, bool overlap);
+void launch_forward_keyed(const Forward& args, int blocks, cudaStream_t stream, bool overlap);
+void launch_forward_generic(const Forward& args, int blocks, cudaStream_t stream);
+void launch_backward_rows(const Backward& args, int sms, cudaStream_t stream);
+void launch_backward_generic(const Backward& args, int blocks, cudaStream_t stream);
+
+#ifndef MOE_ROUTER_THREADS
+#define MOE_ROUTER_THREADS 512
+#endif
+constexpr int kForwardThreads = MOE_ROUTER_THREADS;  // one block an SM
+constexpr int kMaxFastExperts = 1024;
+constexpr int kMaxFastK = 32;
+constexpr int kMaxExperts = 8192;
+
+// Lanes of a row: 16 experts a lane, 32 above 512 experts.
+inline int lanes_for(int experts) { return experts <= 64 ? 4 : experts <= 128 ? 8 : experts <= 256 ? 16 : 32; }
+inline int bucket_for(int experts) { return experts > 512 ? 1024 : lanes_for(experts) * 16; }
+
+}  // namespace moe_layer::router

@@ -1,0 +1,57 @@
+// moe_layer::copy_ids on CUDA: integer ids into a caller's int16, int32 or int64 buffer; capturable, no allocation.
+
+#include "router_common.cuh"
+
+namespace moe_layer::router {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <typename Out>
+__global__ void __launch_bounds__(kThreads) copy_ids_kernel(const __grid_constant__ IntArray ids, int64_t numel, Out* out) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < numel; i += stride) {
+    out[i] = static_cast<Out>(load_int(ids, i));
+  }
+}
+
+int kind_of(ScalarType type, const char* name) {
+  switch (type) {
+    case ScalarType::Byte: return kU8;
+    case ScalarType::Char: return kI8;
+    case ScalarType::Short: return kI16;
+    case ScalarType::Int: return kI32;
+    case ScalarType::Long: return kI64;
+    default: STD_TORCH_CHECK(false, name, " must be an integer tensor, got ", torch::headeronly::toString(type));
+  }
+  return kI32;
+}
+
+void copy_ids(const Tensor& ids_any, Tensor out) {
+  STD_TORCH_CHECK(ids_any.is_cuda() && out.is_cuda(), "ids and out must be CUDA tensors");
+  check_same_device(out, "out", ids_any);
+  STD_TORCH_CHECK(out.is_contiguous(), "out must be contiguous; pass a contiguous tensor");
+  STD_TORCH_CHECK(out.numel() == ids_any.numel(), "out has ", out.numel(), " elements, ids ", ids_any.numel());
+  const DeviceGuard guard(ids_any.get_device_index());
+  const Tensor ids = ids_any.is_contiguous() ? ids_any : torch::stable::contiguous(ids_any);
+  const int64_t numel = ids.numel();
+  if (numel == 0) return;  // a grid of zero blocks is a launch error
+  const IntArray source = {ids.const_data_ptr(), kind_of(ids.scalar_type(), "ids")};
+  const int64_t needed = ceil_div<int64_t>(numel, kThreads), most = 8ll * sm_count(ids.get_device_index());
+  const int blocks = static_cast<int>(needed < most ? needed : most);
+  const cudaStream_t stream = current_stream(ids);
+  switch (kind_of(out.scalar_type(), "out")) {
+    case kI16: copy_ids_kernel<<<blocks, kThreads, 0, stream>>>(source, numel, out_ptr<int16_t>(out)); break;
+    case kI32: copy_ids_kernel<<<blocks, kThreads, 0, stream>>>(source, numel, out_ptr<int32_t>(out)); break;
+    case kI64: copy_ids_kernel<<<blocks, kThreads, 0, stream>>>(source, numel, out_ptr<int64_t>(out)); break;
+    default: STD_TORCH_CHECK(false, "out must be int16, int32 or int64");
+  }
+  MOE_LAUNCH_CHECK();
+}
+
+}  // namespace
+}  // namespace moe_layer::router
+
+STABLE_TORCH_LIBRARY_IMPL(moe_layer, CUDA, m) {
+  m.impl("copy_ids", TORCH_BOX(&moe_layer::router::copy_ids));
+}

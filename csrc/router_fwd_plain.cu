@@ -1,0 +1,10 @@
+// Forward kernels whose selection key is the logit.
+#include "router_fwd_body.cuh"
+
+namespace moe_layer::router {
+
+void launch_forward_plain(const Forward& args, int blocks, cudaStream_t stream, bool overlap) {
+  launch_forward<false>(args, blocks, stream, overlap);
+}
+
+}  // namespace moe_layer::router
