@@ -43,6 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=20, help="interleaved runs; the median counts")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks/cpu_layer.jsonl")
+    parser.add_argument("--wait", type=float, default=60, metavar="S", help="wait so long for an idle machine")
     parser.add_argument("--no-write", action="store_true", help="print only")
     return parser.parse_args()
 
@@ -130,6 +131,29 @@ def check_agreement(results: dict[str, Tensor], reference: str, dtype: str) -> N
             raise SystemExit(f"{name} and {reference} differ by {float(error):.2e} relative, above {tolerance}")
 
 
+def busy_fraction(seconds: float = 1.0) -> float:
+    """Share of all cores in use while this process sleeps (0 where /proc/stat is missing)."""
+
+    def ticks() -> tuple[int, int]:
+        values = [int(v) for v in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        return sum(values), values[3] + values[4]
+
+    if not Path("/proc/stat").exists():
+        return 0.0
+    (total, idle), _, (later, later_idle) = ticks(), time.sleep(seconds), ticks()
+    return 1 - (later_idle - idle) / max(1, later - total)
+
+
+def wait_for_idle(seconds: float) -> float:
+    """Two threads beside a busy neighbour measure the neighbour: wait, then say how busy the machine still is."""
+    deadline = time.monotonic() + seconds
+    while (busy := busy_fraction()) > 0.1 and time.monotonic() < deadline:
+        pass
+    if busy > 0.1:
+        print(f"warning: other processes use {busy:.0%} of the cores; run again on an idle machine", file=sys.stderr)
+    return round(busy, 3)
+
+
 def environment() -> dict[str, Any]:
     def git(*command: str) -> str:
         return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -152,7 +176,6 @@ def environment() -> dict[str, Any]:
         "git_sha": git("rev-parse", "--short=12", "HEAD"),
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "load_before": Path("/proc/loadavg").read_text().split()[0],
     }
 
 
@@ -187,11 +210,13 @@ def main() -> int:
     for i in range(2):
         check_agreement({name: pair[i] for name, pair in outputs.items()}, "ours", arguments.dtype)
 
+    record["busy_before"] = wait_for_idle(arguments.wait)
     steps = {name: lambda m=module: step(m, x_TD, d_y_TD) for name, module in modules.items()}
     table = summarise(interleave(steps, arguments.runs))
     shape = {"T": arguments.tokens, "D": arguments.hidden, "F": arguments.width, "E": arguments.experts}
     record |= {"shape": shape | {"K": arguments.top_k}, "dtype": arguments.dtype, "rows": arguments.rows}
     record |= {"backend": arguments.backend, "runs": arguments.runs, "times": table}
+    record["busy_after"] = round(busy_fraction(), 3)
     record["six_gemms_ms"] = round(gemm_seconds(arguments, arguments.runs) * 1e3, 3)
     for name, row in table.items():
         print(f"{name:24s}" + "".join(f"{key[:-3]:>10s} {value:8.2f} ms" for key, value in row.items()))
