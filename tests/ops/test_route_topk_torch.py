@@ -202,3 +202,62 @@ def test_bad_arguments(message: str, kind: type[Exception], change: dict[str, An
     arguments = {"logits": torch.zeros(3, 8), "top_k": 2} | change
     with pytest.raises(kind, match=message):
         route_topk(arguments.pop("logits"), **arguments)
+
+
+def test_one_compiled_graph_serves_every_token_count() -> None:
+    def step(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out = route_topk(logits, top_k=3, score_function="sigmoid", aux_counts="live")
+        return out.weights, out.score_sum
+
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=count)
+    for num_tokens in (5, 9, 33):
+        logits = torch.randn(num_tokens, 8)
+        for ours, eager in zip(compiled(logits), step(logits), strict=True):
+            assert torch.equal(ours, eager)
+    assert len(graphs) == 1
+
+
+def test_modes_of_torch_change_nothing() -> None:
+    """inference_mode, autocast and deterministic algorithms: same bits, fp32 weights."""
+    logits = torch.randn(40, 8).bfloat16()
+    expected = route_topk(logits, top_k=3, want_probs=True, want_z=True)
+    with torch.inference_mode():
+        inference = route_topk(logits, top_k=3, want_probs=True, want_z=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        autocast = route_topk(logits, top_k=3, want_probs=True, want_z=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        leaf = logits.clone().requires_grad_()
+        deterministic = route_topk(leaf, top_k=3, want_probs=True, want_z=True)
+        deterministic.weights.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for other in (inference, autocast, deterministic):
+        for ours, theirs in zip(other, expected, strict=True):
+            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+def test_backward_needs_only_logits_and_the_chosen_ids() -> None:
+    """Saved: the logits and [T, K] ids; nothing of size [T, E] besides, and no copy of the logits."""
+    logits = torch.randn(64, 32, requires_grad=True)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        route_topk(logits, top_k=4, want_z=True, aux_counts="live")
+    dense = [t for t in saved if t.numel() == logits.numel()]
+    assert all(t.data_ptr() == logits.data_ptr() for t in dense)
+    assert {tuple(t.shape) for t in saved} <= {(64, 32), (64, 4)}
+
+
+def test_a_second_derivative_is_an_error_not_a_zero() -> None:
+    logits = torch.randn(4, 8, requires_grad=True)
+    weights = route_topk(logits, top_k=3).weights
+    (grad,) = torch.autograd.grad(weights, logits, torch.randn(4, 3), create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.square().sum().backward()
