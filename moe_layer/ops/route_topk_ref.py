@@ -77,14 +77,12 @@ def weight_gradient(
     d_weights: Tensor | None, d_probs: Tensor | None, ids_TK: Tensor, dtype: torch.dtype
 ) -> Tensor | None:
     """Gradient of the [T, K] weights: the direct one plus what arrives through the dense matrix; 0 at -1 slots."""
-    if d_weights is None and d_probs is None:
-        return None
     routed_TK, safe_TK = _routed(ids_TK)
     total_TK = None if d_weights is None else d_weights.to(dtype)
     if d_probs is not None:
         dense_TK = d_probs.gather(1, safe_TK).to(dtype)
         total_TK = dense_TK if total_TK is None else total_TK + dense_TK
-    return torch.where(routed_TK, total_TK, 0.0)
+    return None if total_TK is None else torch.where(routed_TK, total_TK, 0.0)
 
 
 def weights_backward(
@@ -195,6 +193,7 @@ def loss_sums(
     """What the auxiliary losses need, summed over valid tokens; empty where nobody asked."""
     num_tokens, num_experts = x_TE.shape
     empty = [x_TE.new_empty(0, dtype=torch.int32), x_TE.new_empty(0), x_TE.new_empty(0), x_TE.new_empty(0)]
+    scores_TE = empty[3]
     if aux_counts != "none" or want_scores:
         scores_TE = normalised_scores(x_TE, score_function)
         scores_TE = scores_TE if valid is None else torch.where(valid[:, None], scores_TE, 0.0)
@@ -240,8 +239,6 @@ def loss_sums_backward(
     score_function: str,
 ) -> Tensor | None:
     """dx_TE through scores, score sums and z; rows whose ids are -1 get zeros. None when nothing arrives."""
-    if d_score_sum is None and d_z is None and d_scores is None:
-        return None
     g_TE = None
     if d_score_sum is not None:
         if cu_seqlens is None:
@@ -259,7 +256,7 @@ def loss_sums_backward(
         lse_T1 = torch.logsumexp(x_TE, dim=1, keepdim=True)
         z_TE = (2 * d_z.to(x_TE.dtype)) * lse_T1 * torch.exp(x_TE - lse_T1)
         dx_TE = z_TE if dx_TE is None else dx_TE + z_TE
-    return torch.where(ids_TK[:, :1] >= 0, dx_TE, 0.0)
+    return None if dx_TE is None else torch.where(ids_TK[:, :1] >= 0, dx_TE, 0.0)
 
 
 def _scores_backward(g_TE: Tensor, x_TE: Tensor, score_function: str) -> Tensor:

@@ -178,7 +178,9 @@ def token_losses(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
 
 def _rotary(length: int, model: Decoder, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [S, head_dim/2]; angles in fp64 whatever the model's dtype (bf16 ones lose positions above 256)."""
-    head_dim = model.blocks[0].attention.head_dim
+    first = model.blocks[0]
+    assert isinstance(first, Block)
+    head_dim = first.attention.head_dim
     device = model.embedding.weight.device
     rates = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / -head_dim
     angles = torch.outer(torch.arange(length, device=device, dtype=torch.float64), model.config.rope_theta**rates)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -178,7 +179,11 @@ class _Log:
         """Validate and log; the final pass is reported by the caller."""
         result = self._trainer.validate()
         if self._writer is not None:
-            values = {"loss/val": result.loss, **load_metrics(result.counts), "moe/counts": result.counts}
+            values: dict[str, Any] = {
+                "loss/val": result.loss,
+                **load_metrics(result.counts),
+                "moe/counts": result.counts,
+            }
             self._writer.write(done, "val", values)
             if not final:
                 dead = int(values["moe/dead_experts/sum"])
