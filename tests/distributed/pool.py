@@ -1,23 +1,22 @@
 """Four gloo worker processes for the whole test run: `pool.run(fn, *args)` calls a module-level function on every rank.
 
-Starting costs seconds (each process imports torch), a call costs milliseconds. Functions see an initialised default
-process group.
+The workers are forked from a server that imported torch once (four imports took over a minute on two busy cores); a
+call costs milliseconds. Functions see an initialised default process group.
 """
 
 from __future__ import annotations
 
+import importlib
+import multiprocessing
 import os
 import pickle
-import socket
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Client, Connection, Listener
-from pathlib import Path
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
-_ROOT = Path(__file__).resolve().parents[2]
+_PRELOAD = ["torch.distributed.tensor", "moe_layer.layer", "moe_layer.parallel"]
 
 
 class Pool:
@@ -25,15 +24,15 @@ class Pool:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[BaseProcess] = []
         self._connections: list[Connection] = []
+        self._store: Any = None
 
     def run(self, fn: Callable[..., Any], *args: Any, timeout_s: float = 90.0) -> list[Any]:
         """Results in rank order.
 
         Raises:
-            AssertionError: a rank raised (all tracebacks are shown) or did not answer; the pool starts afresh next
-                time.
+            AssertionError: a rank raised (with all tracebacks) or did not answer; the pool then starts afresh.
         """
         if not self._processes:
             self._start()
@@ -42,10 +41,13 @@ class Pool:
             connection.send_bytes(call)
         answers = []
         for rank, connection in enumerate(self._connections):
-            if not connection.poll(timeout_s):
+            try:
+                if not connection.poll(timeout_s):
+                    raise AssertionError(f"worker {rank} did not finish {fn.__qualname__} in {timeout_s} s")
+                answers.append(pickle.loads(connection.recv_bytes()))
+            except (EOFError, AssertionError) as error:
                 self.close()
-                raise AssertionError(f"worker {rank} did not finish {fn.__qualname__} in {timeout_s} s")
-            answers.append(pickle.loads(connection.recv_bytes()))
+                raise AssertionError(f"worker {rank} in {fn.__qualname__}: {error or 'the process ended'}") from error
         failed = [f"rank {rank}:\n{text}" for rank, (text, _) in enumerate(answers) if text is not None]
         if failed:
             self.close()
@@ -53,63 +55,49 @@ class Pool:
         return [value for _, value in answers]
 
     def _start(self) -> None:
-        with Listener(("127.0.0.1", 0)) as listener:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            env = os.environ | {
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "WORLD_SIZE": str(self.size),
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": str(_ROOT),
-            }
-            command = [sys.executable, "-m", "tests.distributed.pool", str(listener.address[1])]
-            key = listener._authkey  # type: ignore[attr-defined]
-            assert key is None
-            self._processes = [
-                subprocess.Popen(command, env=env | {"RANK": str(rank)}, cwd=_ROOT) for rank in range(self.size)
-            ]
-            accepted = [listener.accept() for _ in range(self.size)]
-            self._connections = sorted(accepted, key=lambda connection: connection.recv())
-            for rank, connection in enumerate(self._connections):
-                connection.send(rank)
+        import torch.distributed as dist
+
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOAD)
+        # the store lives here, as with torchrun: it outlives a worker
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_worker, args=(rank, self.size, self._store.port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._connections.append(ours)
 
     def close(self) -> None:
         for connection in self._connections:
             connection.close()
         for process in self._processes:
             process.kill()
-            process.wait()
-        self._processes, self._connections = [], []
+            process.join()
+        self._processes, self._connections, self._store = [], [], None
 
 
-def _worker(port: int) -> None:
-    import importlib
+def _worker(rank: int, size: int, port: int, connection: Connection) -> None:
+    from datetime import timedelta
 
     import torch
     import torch.distributed as dist
 
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    with Client(("127.0.0.1", port)) as connection:
-        connection.send(rank)
-        connection.recv()
-        dist.init_process_group("gloo")
-        while True:
-            try:
-                module, name, args = pickle.loads(connection.recv_bytes())
-            except EOFError:
-                return
-            try:
-                fn = importlib.import_module(module)
-                for part in name.split("."):
-                    fn = getattr(fn, part)
-                answer = (None, fn(*args))
-            except Exception:
-                answer = (traceback.format_exc(), None)
-            connection.send_bytes(pickle.dumps(answer))
-
-
-if __name__ == "__main__":
-    _worker(int(sys.argv[1]))
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    while True:
+        try:
+            module, name, args = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        try:
+            fn = importlib.import_module(module)
+            for part in name.split("."):
+                fn = getattr(fn, part)
+            answer = (None, fn(*args))
+        except Exception:
+            answer = (traceback.format_exc(), None)
+        connection.send_bytes(pickle.dumps(answer))
