@@ -162,10 +162,13 @@ def blocked_by_groups(
     size = num_experts // num_groups
     count = 2 if rule == "sum_top2" else top_k // group_topk
     usable_TE = key_TE if ok_TE is None else torch.where(ok_TE, key_TE, BROKEN_KEY)
-    top_TGn = torch.topk(usable_TE.view(num_tokens, num_groups, size), count, dim=2).values
-    total_TG = top_TGn[..., 0]
-    for index in range(1, count):
-        total_TG = total_TG + top_TGn[..., index]
+    rest_TGm = usable_TE.view(num_tokens, num_groups, size).clone()
+    total_TG = torch.zeros((), dtype=key_TE.dtype, device=key_TE.device)
+    for index in range(count):
+        top_TG1, at_TG1 = torch.max(rest_TGm, dim=2, keepdim=True)
+        total_TG = total_TG + top_TG1[..., 0]
+        if index + 1 < count:
+            rest_TGm.scatter_(2, at_TG1, -torch.inf)
     kept_Tg = torch.sort(total_TG, dim=1, descending=True, stable=True).indices[:, :group_topk]
     blocked_TG = torch.ones_like(total_TG, dtype=torch.bool).scatter_(1, kept_Tg, False)
     return blocked_TG.repeat_interleave(size, dim=1)
