@@ -93,8 +93,8 @@ class LoopConfig:
     """Sequences per forward on one rank; the rest is gradient accumulation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Parameter and activation dtype."""
+    dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """Parameter and activation dtype; fp64 compares layouts whose fp32 roundings would route a token differently."""
     compile: bool = False
     """torch.compile the decoder blocks."""
     activation_checkpointing: Literal["none", "non_reentrant", "reentrant"] = "none"
