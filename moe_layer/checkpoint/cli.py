@@ -15,8 +15,8 @@ def add_parser(subparsers: Any) -> None:
         "convert",
         help="convert the MoE blocks of a checkpoint",
         description=(
-            "Convert the MoE blocks of SOURCE, one at a time, bit for bit. Every tensor of a block must be there, in its "
-            "shape, and none may be left over. Tensors outside MoE blocks stay where they are."
+            "Convert the MoE blocks of SOURCE, one at a time, bit for bit. Every tensor of a block must be there, in "
+            "its shape, and none may be left over. Tensors outside MoE blocks stay where they are."
         ),
     )
     parser.add_argument("source", type=Path, help="safetensors file, or a directory of them with config.json")
@@ -48,8 +48,9 @@ def convert(arguments: argparse.Namespace) -> int:
     layers = report.layers
     shown = ", ".join(map(str, layers)) if len(layers) <= 8 else f"{layers[0]} to {layers[-1]}"
     print(
-        f"{arguments.target}: {len(layers)} MoE layers ({shown}) of {report.experts} experts, {origin} -> {destination}, "
-        f"{report.tensors_in} -> {report.tensors_out} tensors; {report.left_out} other tensors left out"
+        f"{arguments.target}: {len(layers)} MoE layers ({shown}) of {report.experts} experts, "
+        f"{origin} -> {destination}, {report.tensors_in} -> {report.tensors_out} tensors; "
+        f"{report.left_out} other tensors left out"
     )
     return 0
 

@@ -51,7 +51,12 @@ class Report:
 
 
 def to_ours(
-    source: Path, target: Path, *, origin: str = "transformers", config: MoEConfig | None = None, family: str | None = None
+    source: Path,
+    target: Path,
+    *,
+    origin: str = "transformers",
+    config: MoEConfig | None = None,
+    family: str | None = None,
 ) -> Report:
     """Convert another program's MoE blocks into our directory.
 
@@ -134,7 +139,9 @@ def read_manifest(source: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); convert the model again") from error
     if (found, version) != (MANIFEST_FORMAT, MANIFEST_VERSION):
-        raise CheckpointError(f"{path} is {found!r} version {version!r}, this moe_layer reads version {MANIFEST_VERSION}")
+        raise CheckpointError(
+            f"{path} is {found!r} version {version!r}, this moe_layer reads version {MANIFEST_VERSION}"
+        )
     listed, there = {layer_file(n) for n in layers}, {file.name for file in source.glob("layer_*.safetensors")}
     if listed != there:
         raise CheckpointError(

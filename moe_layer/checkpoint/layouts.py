@@ -64,9 +64,7 @@ def family_named(model_type: str) -> Family:
 def _families() -> dict[str, Family]:
     deepseek = Family(shared="shared_experts")
     return {
-        "mixtral": Family(
-            stored_experts=("w1", "w3", "w2"), stored_prefix="model.layers.{layer}.block_sparse_moe."
-        ),
+        "mixtral": Family(stored_experts=("w1", "w3", "w2"), stored_prefix="model.layers.{layer}.block_sparse_moe."),
         "qwen3_moe": Family(),
         "olmoe": Family(),
         "qwen3_next": Family(shared="shared_expert"),

@@ -158,9 +158,7 @@ class BlockMapping:
             return source.read(piece.theirs.name, rows=piece.theirs.rows)
         return piece.theirs.of(source.read(piece.theirs.name))
 
-    def _allocate(
-        self, result: dict[str, Tensor], piece: Piece, dtype: torch.dtype, experts: range | None
-    ) -> Tensor:
+    def _allocate(self, result: dict[str, Tensor], piece: Piece, dtype: torch.dtype, experts: range | None) -> Tensor:
         name = piece.ours.name
         if name not in result:
             shape = self.ours[name]

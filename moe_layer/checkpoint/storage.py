@@ -75,7 +75,7 @@ def load_tensors(path: str | Path, *, experts: range | None = None) -> tuple[dic
         tensors on the CPU, and the header.
 
     Raises:
-        CheckpointError: not such a file, another version, truncated, altered, or with other tensors than it was saved with.
+        CheckpointError: not such a file, another version, truncated, altered, or without all its tensors.
     """
     path = Path(path)
     try:

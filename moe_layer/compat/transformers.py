@@ -19,18 +19,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moe_layer.compat.mlp import NO_PARAMETERS, Parameters, grouped_mlp
 from moe_layer.config.model import DispatchConfig, MoEConfig
 from moe_layer.dispatch import make_dispatcher
 from moe_layer.errors import RoutingError
-from moe_layer.experts.autograd import experts_mlp
-from moe_layer.experts.backend import resolve
 from moe_layer.experts.parameters import local_part
-from moe_layer.experts.spec import ExpertsSpec, Layout, Weights
+from moe_layer.experts.spec import Layout, Weights
 from moe_layer.types import Received, Routing
 
 MINIMUM = (5, 7)
@@ -51,7 +49,9 @@ def enable(name: str = "moe_layer") -> str:
     return name
 
 
-def replace_moe_blocks(model: nn.Module, *, configure: Callable[[MoEConfig], MoEConfig] | None = None) -> tuple[str, ...]:
+def replace_moe_blocks(
+    model: nn.Module, *, configure: Callable[[MoEConfig], MoEConfig] | None = None
+) -> tuple[str, ...]:
     """Swap every Qwen3-MoE and Mixtral block of `model`, in place, for ours; returns their module paths.
 
     Parameters are the same objects under the same names, so optimizers, save_pretrained, load_state_dict and PEFT go on
@@ -143,19 +143,6 @@ def _mlp(module: nn.Module, received: Received) -> Tensor:
     parameters = _parameters(module)
     weights = _weights(module, parameters)
     activation, limit, alpha = _activation(module)
-    device = received.rows.device
-    autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else received.rows.dtype
-    _, hidden, width = weights.down.shape
-    spec = ExpertsSpec(
-        backend=resolve("auto", device, dtype, hidden_size=hidden, width=width),
-        activation=activation,
-        limit=limit,
-        alpha=alpha,
-        save_h=True,
-        compute_dtype=dtype,
-        num_experts=received.plan.num_experts,
-    )
     layout = Layout(
         x=received.rows,
         index=received.index_N,
@@ -166,10 +153,18 @@ def _mlp(module: nn.Module, received: Received) -> Tensor:
         ids_CK=received.ids_CK,
     )
     as_they_are = all(a is b for a, b in zip(parameters, weights, strict=True))
-    return experts_mlp(layout, weights, spec, parameters=parameters if as_they_are else (None,) * 4)
+    return grouped_mlp(
+        layout,
+        weights,
+        activation=activation,
+        limit=limit,
+        alpha=alpha,
+        num_experts=received.plan.num_experts,
+        parameters=parameters if as_they_are else NO_PARAMETERS,
+    )
 
 
-def _parameters(module: nn.Module) -> tuple[Any, Any, Any, Any]:
+def _parameters(module: nn.Module) -> Parameters:
     if not getattr(module, "has_gate", True) or getattr(module, "has_post_expert_norm", False):
         raise ValueError(
             f"{type(module).__name__} has no gate projection or a norm after its experts, which moe_layer does not "
@@ -184,7 +179,7 @@ def _parameters(module: nn.Module) -> tuple[Any, Any, Any, Any]:
     )
 
 
-def _weights(module: nn.Module, parameters: tuple[Any, Any, Any, Any]) -> Weights:
+def _weights(module: nn.Module, parameters: Parameters) -> Weights:
     """Our layout: `[E, out, in]`, gate rows before up rows; differentiable."""
     gate_up, down, gate_up_bias, down_bias = (local_part(parameter) for parameter in parameters)
     if getattr(module, "is_transposed", False):

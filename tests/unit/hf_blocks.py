@@ -31,11 +31,12 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_moe": dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True),
     "olmoe": dict(num_experts=8, num_experts_per_tok=3, norm_topk_prob=False),
     "deepseek_v3": dict(
-        n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2, moe_intermediate_size=24, n_shared_experts=2,
-        routed_scaling_factor=2.5, first_k_dense_replace=0, num_mtp_layers=0, **_MLA,
+        n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2, moe_intermediate_size=24,
+        n_shared_experts=2, routed_scaling_factor=2.5, first_k_dense_replace=0, num_mtp_layers=0, **_MLA,
     ),
     "gpt_oss": dict(
-        num_local_experts=8, num_experts_per_tok=2, swiglu_limit=0.6, layer_types=["full_attention"] * 2, rope_parameters=_ROPE
+        num_local_experts=8, num_experts_per_tok=2, swiglu_limit=0.6, layer_types=["full_attention"] * 2,
+        rope_parameters=_ROPE,
     ),
     "qwen3_next": dict(
         num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24, shared_expert_intermediate_size=16, **_GDN

@@ -100,7 +100,10 @@ def flip(path: Path) -> None:
 
 EXPERT = "model.layers.0.mlp.experts.1.up_proj.weight"
 BAD_SOURCES = {
-    "missing expert": (lambda d: edit(d / "m.safetensors", lambda t: t.pop(EXPERT)), "1 missing: experts.1.up_proj.weight"),
+    "missing expert": (
+        lambda d: edit(d / "m.safetensors", lambda t: t.pop(EXPERT)),
+        "1 missing: experts.1.up_proj.weight",
+    ),
     "extra tensor": (
         lambda d: edit(d / "m.safetensors", lambda t: t.update({EXPERT + "_scale_inv": torch.ones(1)})),
         "1 unexpected: experts.1.up_proj.weight_scale_inv",

@@ -23,7 +23,9 @@ from moe_layer.errors import CheckpointError
 from moe_layer.layer import MoELayer
 
 CONFIGS = {
-    "plain": MoEConfig(hidden_size=8, router=RouterConfig(num_experts=4, top_k=2), experts=ExpertsConfig(intermediate_size=6)),
+    "plain": MoEConfig(
+        hidden_size=8, router=RouterConfig(num_experts=4, top_k=2), experts=ExpertsConfig(intermediate_size=6)
+    ),
     "everything": MoEConfig(
         hidden_size=8,
         router=RouterConfig(num_experts=4, top_k=2, score_function="sigmoid", expert_bias=True, linear_bias=True),
@@ -85,7 +87,9 @@ def test_a_file_that_does_not_fit_leaves_the_layer_unchanged(tmp_path: Path) -> 
     save_layer(random_layer(wider, seed=1), tmp_path / "wider.safetensors")
     layer = random_layer(CONFIGS["plain"], seed=2)
     before = state(layer)
-    with pytest.raises(CheckpointError, match=r"2 misshapen: experts\.gate_up_proj is \[4, 14, 8\], must be \[4, 12, 8\]"):
+    with pytest.raises(
+        CheckpointError, match=r"2 misshapen: experts\.gate_up_proj is \[4, 14, 8\], must be \[4, 12, 8\]"
+    ):
         load_layer(layer, tmp_path / "wider.safetensors")
     tensors = state(layer)
     tensors["router.wieght"] = tensors.pop("router.weight")

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
-from tests.unit.hf_blocks import FAMILIES, hf_block, hf_model
-from tests.unit.parity import assert_close, gradients, relative
 
 from moe_layer.compat import transformers as ours
 from moe_layer.errors import RoutingError
+from tests.unit.hf_blocks import FAMILIES, hf_block, hf_model
+from tests.unit.parity import assert_close, gradients, relative
 
 pytest.importorskip("transformers", reason="this is the adapter for transformers")
 
@@ -56,7 +56,9 @@ def test_sentinel_ids_are_skipped(family: str) -> None:
 
     def run(ids: torch.Tensor, weights: torch.Tensor) -> tuple[dict, torch.Tensor]:
         leaf = weights.clone().requires_grad_()
-        found = gradients(lambda x: ours.experts_forward(experts, x, ids, leaf), x, dy, dict(experts.named_parameters()))
+        found = gradients(
+            lambda x: ours.experts_forward(experts, x, ids, leaf), x, dy, dict(experts.named_parameters())
+        )
         return found, leaf.grad
 
     found, d_weights = run(torch.where(skip, sentinel, ids), weights)
@@ -154,7 +156,7 @@ def test_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_import_leaves_the_other_programs_alone() -> None:
     code = (
-        "import sys, moe_layer.compat.transformers, moe_layer.checkpoint\n"
+        "import sys, moe_layer.compat.transformers, moe_layer.compat.megatron, moe_layer.checkpoint.cli\n"
         "assert not {'transformers', 'megatron'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

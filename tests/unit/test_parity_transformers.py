@@ -1,14 +1,14 @@
-"""MoELayer computes what transformers' blocks compute: y and every gradient in fp32, through the checkpoint mappings."""
+"""MoELayer computes what transformers' blocks compute: y and all gradients in fp32, through the checkpoint mappings."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from tests.unit.hf_blocks import FAMILIES, hf_block
-from tests.unit.parity import assert_close, gradients
 
 from moe_layer.checkpoint import import_block, moe_config_from_transformers, transformers_mapping
 from moe_layer.layer import MoELayer
+from tests.unit.hf_blocks import FAMILIES, hf_block
+from tests.unit.parity import assert_close, gradients
 
 pytest.importorskip("transformers", reason="the blocks of transformers are the oracle")
 
