@@ -202,7 +202,7 @@ class Received:
         offsets_L1: int32 [L+1], row boundaries per local expert, pads included. Rows past `offsets_L1[-1]` are
             undefined.
         counts_L: int32, real rows per local expert. counts_LR: the same split by source rank.
-        expert_ids_L: int32, global ids of the local experts.
+        first_expert: global id of the first local expert; expert_ids_L: int32, the ids of all of them.
         src: `src_N3`, or a function that makes it: int32 [N, 3], source rank, token, slot of each row, -1 for pads.
         row_CK: int32 [N_c, K]: for each compact row and slot, its expert-major row, -1 when the slot is not local.
         ids_CK: int32 [N_c, K]: global expert ids of the compact rows' slots, -1 when the slot is not local.
@@ -217,13 +217,18 @@ class Received:
     offsets_L1: Tensor
     counts_L: Tensor
     counts_LR: Tensor
-    expert_ids_L: Tensor
+    first_expert: int
     src: Tensor | Callable[[], Tensor]
     row_CK: Tensor
     ids_CK: Tensor
     plan: DispatchPlan
     state: Any = None
     link: GradientLink | None = None
+
+    @property
+    def expert_ids_L(self) -> Tensor:
+        first, device = self.first_expert, self.counts_L.device
+        return torch.arange(first, first + self.counts_L.shape[0], dtype=torch.int32, device=device)
 
     @cached_property
     def src_N3(self) -> Tensor:

@@ -89,10 +89,12 @@ def make_received(
         ids_TK=ids_TK,
         num_experts=num_experts,
         num_ranks=1,
-        counts_E=torch.bincount(ids_TK[ids_TK >= 0].long().flatten(), minlength=num_experts).int(),
-        send_tokens=tokens,
-        send_counts_R=torch.tensor([x_TD.shape[0]], dtype=torch.int32),
-        position_TR=tokens[:, None],
+        make=lambda: (
+            torch.bincount(ids_TK[ids_TK >= 0].long().flatten(), minlength=num_experts).int(),
+            tokens,
+            torch.tensor([x_TD.shape[0]], dtype=torch.int32),
+            tokens[:, None],
+        ),
     )
     return Received(
         rows=rows_ND,
@@ -102,8 +104,8 @@ def make_received(
         offsets_L1=torch.tensor(offsets, dtype=torch.int32),
         counts_L=counts_L,
         counts_LR=counts_L[:, None],
-        expert_ids_L=torch.tensor(list(experts), dtype=torch.int32),
-        src_N3=src_N3,
+        first_expert=experts.start,
+        src=src_N3,
         row_CK=row_TK,
         ids_CK=torch.where(row_TK >= 0, ids_TK, -1),
         plan=plan,

@@ -64,7 +64,7 @@ class ExpertsConfig:
     """swiglu_clamped: slope inside the sigmoid."""
     bias: bool = False
     """Expert biases on both projections; the second is multiplied by the routing probability."""
-    backend: Literal["auto", "reference", "grouped_mm"] = "auto"
+    backend: Literal["auto", "reference", "grouped_mm", "quack"] = "auto"
     """Implementation of the grouped MLP."""
     recompute: Literal["none", "h"] = "none"
     """`h`: keep no gate/up projection for backward, compute it again."""
@@ -118,8 +118,8 @@ class BalanceConfig:
 class DispatchConfig:
     backend: Literal["auto", "local", "replicated", "all_gather", "all_to_all"] = "auto"
     """Token dispatcher; auto is local at one rank and all_to_all beyond."""
-    rows: Literal["expert_major", "compact"] = "expert_major"
-    """Layout of the received rows."""
+    rows: Literal["auto", "expert_major", "compact"] = "auto"
+    """Layout of the received rows; auto is compact (no copy of x) at one rank without alignment, else expert_major."""
     alignment: Literal[1, 8, 16, 128] = 1
     """Pad each expert's rows with zeros to a multiple of this (compact: 1)."""
     apply_probs: Literal["activation", "combine", "source"] = "activation"

@@ -102,7 +102,6 @@ class ExchangeDispatcher:
         assert arranged is not None
         order = arranged.order
         compact = self.config.rows == "compact"
-        first = self.first_expert
         return Received(
             rows=rows,
             index_N=arranged.compact_N.clamp_min(0) if compact else None,
@@ -111,7 +110,7 @@ class ExchangeDispatcher:
             offsets_L1=order.offsets_L1,
             counts_L=order.counts_L,
             counts_LR=arranged.counts_LR,
-            expert_ids_L=torch.arange(first, first + self.num_local, dtype=torch.int32, device=rows.device),
+            first_expert=self.first_expert,
             src=arranged.src_N3,
             row_CK=order.row_CK,
             ids_CK=arranged.ids_CK,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class LocalDispatcher:
             offsets_L1=order.offsets_L1,
             counts_L=order.counts_L,
             counts_LR=order.counts_L.unsqueeze(1),
-            expert_ids_L=_expert_ids(self.num_experts, x_TD.device),
+            first_expert=0,
             src=partial(_sources, order, self.top_k),
             row_CK=order.row_CK,
             ids_CK=ids_TK,
@@ -89,7 +89,11 @@ class LocalDispatcher:
     def combine(self, rows: Tensor, received: Received, add: Tensor | None = None) -> Tensor:
         state: LocalState = received.state
         wire = wire_dtype(self.config, state.dtype)
-        if self.config.apply_probs == "activation" and rows.dtype == state.dtype and wire in (rows.dtype, torch.float32):
+        if (
+            self.config.apply_probs == "activation"
+            and rows.dtype == state.dtype
+            and wire in (rows.dtype, torch.float32)
+        ):
             return _Sum.apply(
                 rows,
                 add,
@@ -128,11 +132,6 @@ class LocalDispatcher:
     def combine_recv(self, handle: Any, token: Tensor, add: Tensor | None = None) -> Tensor:
         rows, received = handle
         return self.combine(rows, received, add)
-
-
-@lru_cache(maxsize=16)
-def _expert_ids(num_experts: int, device: torch.device) -> Tensor:
-    return torch.arange(num_experts, dtype=torch.int32, device=device)
 
 
 def _sources(order: SlotOrder, top_k: int) -> Tensor:

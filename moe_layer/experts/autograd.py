@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_layer.experts.compute import run_backward, run_forward
+from moe_layer.experts.compute import row_gradient, run_backward, run_forward
 from moe_layer.experts.spec import ExpertsSpec, Layout, Weights
+from moe_layer.types import GradientLink
 
 NAMES = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
 
@@ -46,10 +47,16 @@ class ExpertsFunction(torch.autograd.Function):
     """rows [N, D] from the fields of Layout and Weights; `parameters` are the weights' owners (for main_grad)."""
 
     @staticmethod
-    def forward(ctx: Any, spec: ExpertsSpec, parameters: tuple[nn.Parameter | None, ...], *tensors: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        spec: ExpertsSpec,
+        parameters: tuple[nn.Parameter | None, ...],
+        link: GradientLink | None,
+        *tensors: Any,
+    ) -> Tensor:
         split = len(Layout._fields)
         rows_ND, h = run_forward(Layout(*tensors[:split]), Weights(*tensors[split:]), spec)
-        ctx.spec, ctx.parameters = spec, parameters
+        ctx.spec, ctx.parameters, ctx.link = spec, parameters, link
         ctx.save_for_backward(*tensors, h)
         return rows_ND
 
@@ -57,12 +64,12 @@ class ExpertsFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_rows_ND: Tensor) -> tuple[Any, ...]:
         *tensors, h = ctx.saved_tensors
-        split, lead = len(Layout._fields), 2
+        split, lead = len(Layout._fields), 3
         layout, weights = Layout(*tensors[:split]), Weights(*tensors[split:])
         wanted = (lead, lead + Layout._fields.index("probs"), *range(lead + split, lead + len(tensors)))
         main_grads = [main_grad_of(p, name) for p, name in zip(ctx.parameters, NAMES, strict=True)]
         found = run_backward(
-            d_rows_ND,
+            row_gradient(d_rows_ND, ctx.link),
             h,
             layout,
             weights,
@@ -80,11 +87,19 @@ class ExpertsFunction(torch.autograd.Function):
 
 
 def experts_mlp(
-    layout: Layout, weights: Weights, spec: ExpertsSpec, *, parameters: tuple[nn.Parameter | None, ...]
+    layout: Layout,
+    weights: Weights,
+    spec: ExpertsSpec,
+    *,
+    parameters: tuple[nn.Parameter | None, ...],
+    link: GradientLink | None = None,
 ) -> Tensor:
     """rows [N, D]: through `ExpertsFunction` in eager mode, through the op pair under torch.compile."""
     for parameter, name in zip(parameters, NAMES, strict=True):
         main_grad_of(parameter, name)
     if torch.compiler.is_compiling():
         return torch.ops.moe_layer.experts_fwd(*layout, *weights, *spec.as_arguments())[0]
-    return ExpertsFunction.apply(spec, parameters, *layout, *weights)
+    rows_ND = ExpertsFunction.apply(spec, parameters, link, *layout, *weights)
+    if link is not None:
+        link.accept(rows_ND)
+    return rows_ND

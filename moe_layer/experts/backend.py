@@ -7,7 +7,7 @@ import warnings
 
 import torch
 
-from moe_layer.experts import grouped_mm
+from moe_layer.experts import grouped_mm, quack
 
 
 @functools.cache
@@ -15,17 +15,36 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-def resolve(backend: str, device: torch.device, dtype: torch.dtype, *, hidden_size: int, width: int) -> str:
-    """`reference` or `grouped_mm` for operands of this device and dtype.
+def resolve(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    hidden_size: int,
+    width: int,
+    activation: str = "swiglu",
+    bias: bool = False,
+) -> str:
+    """`reference`, `grouped_mm` or `quack` for operands of this device and dtype.
 
-    `auto` takes the loop on CPU, where it is faster than torch's grouped GEMM (docs/benchmarks/cpu_layer.jsonl), and
-    grouped_mm on CUDA; elsewhere the loop, with one warning because it reads the row counts on the host.
+    `auto` takes the loop on CPU, where it is faster than torch's grouped GEMM (docs/benchmarks/cpu_layer.jsonl), QuACK on
+    Hopper and grouped_mm on other GPUs. Each step down on a GPU warns once, with the reason and the remedy.
 
     Raises:
         ValueError: the backend was asked for by name and cannot run this; names the fact and the remedy.
     """
     if backend == "reference" or (backend == "auto" and device.type == "cpu"):
         return "reference"
+    if backend in ("auto", "quack"):
+        obstacle = quack.obstacle(
+            device, dtype, activation=activation, bias=bias, hidden_size=hidden_size, width=width
+        )
+        if obstacle is None:
+            return "quack"
+        if backend == "quack":
+            raise ValueError(f"experts.backend is quack, but {obstacle}; or set experts.backend to auto")
+        if quack.is_hopper(device):
+            _warn_once(f"experts.backend auto uses torch's grouped GEMM, slower than QuACK on this GPU: {obstacle}")
     obstacle = grouped_mm.obstacle(device, dtype, hidden_size=hidden_size, width=width)
     if obstacle is None:
         return "grouped_mm"

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 import moe_layer.ops.experts as op
-from moe_layer.experts import grouped_mm, reference
-from moe_layer.experts.spec import ExpertsSpec, Layout, Weights, WeightTargets
+from moe_layer.experts import grouped_mm, quack, reference
+from moe_layer.experts.spec import ExpertsSpec, Layout, RowGradient, Weights, WeightTargets
+from moe_layer.ops.gather_rows import gather_rows
 from moe_layer.ops.tree_reduce import reduction_blocks, tree_reduce
+from moe_layer.types import GradientLink
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "grouped_mm": grouped_mm}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "grouped_mm": grouped_mm, "quack": quack}
 
 
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager:
@@ -38,8 +40,18 @@ def run_forward(layout: Layout, weights: Weights, spec: ExpertsSpec) -> tuple[Te
         return rows_ND.to(layout.x.dtype), h
 
 
+def row_gradient(d_rows_ND: Tensor, link: GradientLink | None) -> RowGradient:
+    """d(rows) as the backends take it: the source rows of a link where nothing else flowed in."""
+    if link is None:
+        return RowGradient(d_rows_ND, None)
+    found, d_y_TD = link.take(d_rows_ND)
+    if d_y_TD is not None:
+        return RowGradient(found + gather_rows(d_y_TD, link.index_N), None)
+    return RowGradient(found, None if found is d_rows_ND else link.index_N)
+
+
 def run_backward(
-    d_rows_ND: Tensor,
+    d_out: RowGradient,
     h: Tensor,
     layout: Layout,
     weights: Weights,
@@ -52,7 +64,7 @@ def run_backward(
     with _no_autocast(layout.x.device.type):
         targets = _targets(weights, needs[2:], main_grads)
         d_x, d_probs = BACKENDS[spec.backend].backward(
-            d_rows_ND.to(spec.compute_dtype).contiguous(),
+            RowGradient(d_out.rows.to(spec.compute_dtype).contiguous(), d_out.index),
             h,
             layout,
             _cast(weights, spec.compute_dtype),
@@ -92,6 +104,7 @@ def _to_source_rows(d_x_ND: Tensor, layout: Layout, spec: ExpertsSpec) -> Tensor
         ids_MK=layout.ids_CK,
         num_experts=spec.num_experts,
         blocks=reduction_blocks(spec.num_experts),
+        like_rows=d_x_ND.dtype == layout.x.dtype,
     )
     return d_x_CD.to(layout.x.dtype)
 
@@ -116,5 +129,5 @@ def _experts_fwd(*arguments: object) -> tuple[Tensor, Tensor]:
 @torch.library.impl("moe_layer::experts_bwd", "default")
 def _experts_bwd(d_rows_ND: Tensor, h: Tensor, *arguments: object) -> tuple[Tensor, ...]:
     layout, weights, spec, (needs,) = _split(arguments)
-    found = run_backward(d_rows_ND, h, layout, weights, spec, needs)
+    found = run_backward(RowGradient(d_rows_ND, None), h, layout, weights, spec, needs)
     return tuple(layout.x.new_empty(0) if gradient is None else gradient for gradient in found)

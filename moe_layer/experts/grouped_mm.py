@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_layer.experts.spec import ExpertsSpec, Layout, Weights, WeightTargets
+from moe_layer.experts.spec import ExpertsSpec, Layout, RowGradient, Weights, WeightTargets
 from moe_layer.ops.glu import glu, glu_bwd
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -89,7 +89,7 @@ def _sum_rows(rows_NX: Tensor, ends_L: Tensor) -> Tensor:
 
 
 def backward(
-    d_out_ND: Tensor,
+    d_out: RowGradient,
     h_N2F: Tensor,
     layout: Layout,
     weights: Weights,
@@ -100,6 +100,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """d(gathered x) [N, D] in the compute dtype (None unless `need_x`) and d(probs) [N]; fills `targets`."""
     add_gate_up, add_down, add_gate_up_bias, add_down_bias = targets.accumulate
+    d_out_ND = d_out.rows if d_out.index is None else d_out.rows.index_select(0, d_out.index)
     if layout.num_rows == 0:
         for target, add in zip(targets[:4], targets.accumulate, strict=True):
             if target is not None and not add:

@@ -119,6 +119,8 @@ class Experts(nn.Module):
                 config.backend,
                 received.rows.device,
                 dtype,
+                activation=config.activation,
+                bias=config.bias,
                 hidden_size=self.hidden_size,
                 width=config.intermediate_size,
             ),
@@ -129,7 +131,7 @@ class Experts(nn.Module):
             compute_dtype=dtype,
             num_experts=received.plan.num_experts,
         )
-        return experts_mlp(layout, weights, spec, parameters=parameters)
+        return experts_mlp(layout, weights, spec, parameters=parameters, link=received.link)
 
     def _check(self, received: Received, weights: Weights) -> torch.dtype:
         """The GEMMs' dtype, after the checks of `forward`."""

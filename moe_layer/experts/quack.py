@@ -34,24 +34,30 @@ INSTALL = "pip install 'moe-layer[hopper]'"
 def _missing() -> str | None:
     for module in ("quack", "cutlass"):
         if importlib.util.find_spec(module) is None:
-            return f"{module} is not installed; {INSTALL}"
+            return f"the package that provides {module} is not installed; {INSTALL}"
     return None
 
 
-def obstacle(spec: ExpertsSpec, weights: Weights) -> str | None:
-    """Why QuACK cannot run this call, with the remedy; None when it can."""
-    device = weights.gate_up.device
-    if device.type != "cuda":
-        return f"QuACK needs a Hopper GPU and the experts are on {device}"
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        return f"QuACK's pinned tiles are for Hopper and this GPU is {torch.cuda.get_device_name(device)}"
-    if spec.compute_dtype != torch.bfloat16:
-        return f"QuACK's tiles are for bfloat16, not {spec.compute_dtype}; use bfloat16 or autocast"
-    if spec.activation != "swiglu" or weights.gate_up_bias is not None:
-        return "QuACK's epilogues here cover swiglu without biases"
-    hidden, width = weights.down.shape[1:]
-    if hidden % 8 or width % 8:
-        return f"QuACK needs rows of 16 bytes: hidden_size {hidden} and width {width} must be multiples of 8"
+def is_hopper(device: torch.device) -> bool:
+    """Whether this is a GPU of compute capability 9.0."""
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def obstacle(
+    device: torch.device, dtype: torch.dtype, *, activation: str, bias: bool, hidden_size: int, width: int
+) -> str | None:
+    """Why QuACK cannot run experts like these, with the remedy; None when it can."""
+    if not is_hopper(device):
+        return f"QuACK's pinned tiles are for Hopper GPUs and the experts are on another {device.type} device"
+    if dtype != torch.bfloat16:
+        return f"QuACK's tiles are for bfloat16, not {dtype}; use bfloat16 or autocast"
+    if activation != "swiglu" or bias:
+        return f"QuACK's epilogues here cover swiglu without biases, not {activation}{' with biases' if bias else ''}"
+    if hidden_size % 8 or width % 8:
+        return (
+            f"QuACK needs rows of a multiple of 16 bytes, and hidden_size {hidden_size}, width {width} "
+            "are not both multiples of 8; round them up"
+        )
     return _missing()
 
 

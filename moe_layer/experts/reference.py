@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moe_layer.experts.spec import ExpertsSpec, Layout, Weights, WeightTargets
+from moe_layer.experts.spec import ExpertsSpec, Layout, RowGradient, Weights, WeightTargets
 from moe_layer.ops.glu import glu_backward, glu_forward
 
 
@@ -100,7 +100,7 @@ def forward(layout: Layout, weights: Weights, spec: ExpertsSpec) -> tuple[Tensor
 
 
 def backward(
-    d_out_ND: Tensor,
+    d_out: RowGradient,
     h_N2F: Tensor,
     layout: Layout,
     weights: Weights,
@@ -116,7 +116,8 @@ def backward(
     d_probs_N = None if layout.probs is None else torch.zeros_like(layout.probs)
     groups = list(_groups(layout))
     for expert, rows in groups:
-        x_nD, d_y_nD = _gather(layout, rows, dtype), d_out_ND[rows]
+        x_nD = _gather(layout, rows, dtype)
+        d_y_nD = d_out.rows[rows] if d_out.index is None else d_out.rows.index_select(0, d_out.index[rows])
         h_n2F = h_N2F[rows] if spec.save_h else _project_up(x_nD, weights, expert)
         probs_n = None if layout.probs is None else layout.probs[rows]
         d_h_n2F, d_probs_n, a_nF = glu_backward(

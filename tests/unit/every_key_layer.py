@@ -166,7 +166,7 @@ LAYER_CASES = (
     Case("moe.losses.counts", "effective", numbers, (*AUX, "router.num_groups=4", "router.group_topk=1")),
     Case("moe.balance.bias_update_rate", "0.1", bias_after_a_step, BIAS),
     Case("moe.balance.zero_mean", "true", bias_after_a_step, BIAS),
-    Case("moe.dispatch.rows", "compact", received),
+    Case("moe.dispatch.rows", "expert_major", received),
     Case("moe.dispatch.alignment", "8", received),
     Case("moe.dispatch.apply_probs", "combine", received),
     Case("moe.dispatch.combine_format", "bf16", numbers),

@@ -369,3 +369,25 @@ def test_sequence_loss_needs_sequences():
     bounds = torch.tensor([0, 3, 6], dtype=torch.int32)
     _, by_bounds = layer(torch.ones(6, D, dtype=torch.float64), cu_seqlens=bounds, return_routing=True)
     assert torch.equal(by_shape.losses["aux"], by_bounds.losses["aux"])
+
+
+@pytest.mark.parametrize("rows", ["compact", "expert_major"])
+@pytest.mark.parametrize("between", ["nothing", "scaled", "also_used"])
+def test_row_gradients_add_up_whatever_stands_between_experts_and_combine(rows, between):
+    """The linked shortcut of combine's backward must not change any gradient (types.GradientLink)."""
+    layer = make_layer(make_config(dispatch=DispatchConfig(rows=rows)))
+    x, upstream = torch.randn(9, D, dtype=torch.float64, requires_grad=True), torch.randn(9, D, dtype=torch.float64)
+    results = []
+    for linked in (True, False):
+        routing = layer.router(x)
+        received = layer.dispatcher.dispatch(x, routing)
+        if not linked:
+            received = dataclasses.replace(received, link=None)
+        out = layer.experts(received)
+        into = out * 1.5 if between == "scaled" else out
+        loss = (layer.dispatcher.combine(into, received) * upstream).sum()
+        if between == "also_used":
+            loss = loss + (out**2).sum()
+        results.append(torch.autograd.grad(loss, [x, *layer.parameters()]))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
