@@ -78,15 +78,14 @@ def to_ours(
     if not blocks:
         raise CheckpointError(f"{source}: none of its {len(files.files)} tensors is the router of a MoE block")
     _prepare(target)
-    tensors_in = 0
+    tensors_in = tensors_out = 0
     for layer, prefix in blocks.items():
         block = files.select(prefix)
-        mapping = _their_mapping(config, origin, family, block)
-        save_block(target / layer_file(layer), mapping.to_ours(block), config)
-        tensors_in += len(block.table)
-    ours = len(blocks) * len(mapping.ours)
-    _write_manifest(target, {"model_type": family, "layers": list(blocks), "tensors_per_layer": len(mapping.ours)})
-    return Report(tuple(blocks), config.router.num_experts, tensors_in, ours, len(files.files) - tensors_in)
+        ours = _their_mapping(config, origin, family, block).to_ours(block)
+        save_block(target / layer_file(layer), ours, config)
+        tensors_in, tensors_out = tensors_in + len(block.table), tensors_out + len(ours)
+    _write_manifest(target, {"model_type": family, "layers": list(blocks), "tensors": tensors_out})
+    return Report(tuple(blocks), config.router.num_experts, tensors_in, tensors_out, len(files.files) - tensors_in)
 
 
 def from_ours(source: Path, target: Path, *, destination: str = "transformers", family: str | None = None) -> Report:

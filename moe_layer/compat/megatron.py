@@ -71,8 +71,8 @@ class MegatronExperts(nn.Module):
 
     def _parameter(self, *shape: int) -> nn.Parameter:
         config = self.config
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        parameter = nn.Parameter(torch.empty(self.num_local_experts, *shape, dtype=config.params_dtype, device=device))
+        shape = (self.num_local_experts, *shape)
+        parameter = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=_device(config)))
         # Megatron's DDP keeps gradients of such parameters inside the expert-data-parallel group
         parameter.allreduce = not getattr(config, "expert_model_parallel_size", 1) > 1  # type: ignore[attr-defined]
         return parameter
@@ -123,6 +123,10 @@ class MegatronExperts(nn.Module):
         return sharded_experts(self, prefix, sharded_offsets)
 
 
+def _device(config: Any) -> torch.device:
+    return torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
+
+
 class _MegatronRouter(Router):
     """Our router with the counter name that Megatron's bias update looks for."""
 
@@ -155,7 +159,7 @@ class MegatronMoELayer(nn.Module):
         self.config = config
         self.layer_number = layer_number
         ours = moe_config(config)
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        device = _device(config)
         self.layer = MoELayer(ours, device=device, dtype=config.params_dtype)
         self.layer.router = _MegatronRouter(ours, device=device, dtype=config.params_dtype)
 
@@ -194,6 +198,8 @@ class MegatronMoELayer(nn.Module):
             "sequence": "seq_load_balancing_loss",
             "global": "global_load_balancing_loss",
         }
+        if self.layer_number is None:
+            return
         names = {"aux": aux.get(self.layer.config.losses.aux, "aux"), "z": "z_loss"}
         for name, loss in routing.losses_unscaled.items():
             save_to_aux_losses_tracker(names[name], loss, self.layer_number, self.config.num_layers)

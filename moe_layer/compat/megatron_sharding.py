@@ -8,10 +8,13 @@ with `--dist-ckpt-strictness log_unexpected`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from moe_layer.compat.megatron import MegatronExperts
 
 _NAMES = {
     "gate_up_proj": "linear_fc1.weight",
@@ -21,10 +24,11 @@ _NAMES = {
 }
 
 
-def sharded_experts(module: nn.Module, prefix: str, sharded_offsets: tuple) -> dict[str, Any]:
+def sharded_experts(module: MegatronExperts, prefix: str, sharded_offsets: tuple) -> dict[str, Any]:
     """State-dict name -> factory of its shards."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
+    factory: Any = ShardedTensorFactory  # its annotations ask for dicts, its documentation and callers use lists
     first, total = _position(module)
     replica = (0, 0, 0 if module.dp_group is None else module.dp_group.rank())
     found: dict[str, Any] = {}
@@ -40,11 +44,11 @@ def sharded_experts(module: nn.Module, prefix: str, sharded_offsets: tuple) -> d
             experts = [torch.cat(parts[i : i + halves]) for i in range(0, len(parts), halves)]
             return torch.stack(experts)
 
-        found[prefix + name] = ShardedTensorFactory(key, parameter.data, build, merge, replica)
+        found[prefix + name] = factory(key, parameter.data, build, merge, replica)
     return found
 
 
-def _position(module: nn.Module) -> tuple[int, int]:
+def _position(module: MegatronExperts) -> tuple[int, int]:
     """First global expert of this rank, and the global number of experts."""
     local = module.num_local_experts
     if module.ep_group is None:

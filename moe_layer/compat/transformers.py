@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ def require_transformers() -> None:
         )
 
 
-def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts function: sum over a token's experts of weight * expert(x).
 
     Args:
@@ -138,7 +139,7 @@ def _check(ids: Tensor, weights: Tensor, x: Tensor) -> None:
         raise RoutingError(f"top_k_index must be >= 0, got {int(ids.min())}; a slot to skip has an id >= num_experts")
 
 
-def _mlp(module: nn.Module, received: Received) -> Tensor:
+def _mlp(module: Any, received: Received) -> Tensor:
     """The grouped MLP with the parameters of a transformers experts module."""
     parameters = _parameters(module)
     weights = _weights(module, parameters)
@@ -191,7 +192,7 @@ def _weights(module: nn.Module, parameters: Parameters) -> Weights:
     return Weights(gate_up, down, gate_up_bias, down_bias)
 
 
-def _activation(module: nn.Module) -> tuple[str, float, float]:
+def _activation(module: Any) -> tuple[str, float, float]:
     """Our name of the module's gate function, and the clamped one's limit and alpha."""
     gate = type(module)._apply_gate
     if gate.__module__ == "transformers.integrations.moe":
