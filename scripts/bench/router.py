@@ -1,0 +1,277 @@
+"""GPU time of the whole router after the gate GEMM, forward and backward, beside a peer: python scripts/bench/router.py.
+
+Every variant is captured in a CUDA graph of several calls over different logits (together larger than the L2 unless --warm) and
+the graphs are replayed in turn; the median time of a call is reported with the copy ceiling measured in the same run. Rows go to
+docs/benchmarks/router.jsonl (--output) with GPU, versions, git sha and shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_layer.ops import _ext
+from moe_layer.ops import route_topk as module
+from moe_layer.ops.route_topk import RouteTopk, route_topk
+
+ROOT = Path(__file__).resolve().parents[2]
+DEEPSEEK = {"score_function": "sigmoid", "num_groups": 8, "group_topk": 4, "scaling_factor": 2.5}
+
+
+class Shape(NamedTuple):
+    tokens: int
+    experts: int
+    top_k: int
+    options: dict[str, Any]
+    bias: bool = False
+
+
+SHAPES = {
+    "e8-k2": Shape(16384, 8, 2, {}),
+    "e64-k8": Shape(16384, 64, 8, {}),
+    "e128-k8": Shape(16384, 128, 8, {}),
+    "e256-k8-grouped": Shape(16384, 256, 8, DEEPSEEK, True),
+    "e384-k8": Shape(16384, 384, 8, {}),
+    "e512-k10": Shape(16384, 512, 10, {}),
+    "e256-k16": Shape(32768, 256, 16, {}),
+    "e8-k2-t4096": Shape(4096, 8, 2, {}),
+    "e128-k8-t4096": Shape(4096, 128, 8, {}),
+    "e256-k8-grouped-t4096": Shape(4096, 256, 8, DEEPSEEK, True),
+    "e512-k10-t4096": Shape(4096, 512, 10, {}),
+}
+LOSSES = {"aux_counts": "live", "want_z": True}
+GOALS = {"e128-k8": 12.0, "e256-k8-grouped": 15.0, "e512-k10": 25.0}
+BACKWARD_OPTIONS = ("score_function", "softmax_order", "renormalize", "scaling_factor", "weights_mode")
+DEFAULTS = {
+    "score_function": "softmax", "softmax_order": "post", "renormalize": True, "scaling_factor": 1.0, "num_groups": 0,
+    "group_topk": 0, "group_rule": "sum_top2", "weights_mode": "live", "aux_counts": "none", "want_z": False,
+    "want_probs": False, "want_scores": False, "map_format": "none",
+}  # fmt: skip
+
+
+class Inputs(NamedTuple):
+    logits: list[Tensor]
+    bias: Tensor | None
+    ids: list[Tensor]
+    d_weights: Tensor
+    d_score_sum: Tensor
+    d_z: Tensor
+
+
+def make_inputs(shape: Shape, dtype: torch.dtype, warm: bool) -> Inputs:
+    size = shape.tokens * shape.experts * dtype.itemsize
+    sets = 1 if warm else max(2, min(16, (160 << 20) // size))
+    logits = [torch.randn(shape.tokens, shape.experts, device="cuda").to(dtype) for _ in range(sets)]
+    bias = torch.randn(shape.experts, device="cuda") * 0.1 if shape.bias else None
+    ids = [route_topk(x, bias, top_k=shape.top_k, **shape.options).ids for x in logits]
+    d_weights = torch.randn(shape.tokens, shape.top_k, device="cuda")
+    return Inputs(
+        logits, bias, ids, d_weights, torch.randn(1, shape.experts, device="cuda"), torch.randn(1, device="cuda")
+    )
+
+
+def capture(call: Callable[[int], Any], calls: int) -> torch.cuda.CUDAGraph:
+    """A graph of `calls` calls; the same calls run twice before, so that caches and lazily loaded kernels are warm."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            for index in range(calls):
+                call(index)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(calls):
+            call(index)
+    return graph
+
+
+def medians(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], rounds: int) -> dict[str, float]:
+    """Microseconds of one call of each variant, the variants interleaved."""
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for index in range(rounds + 3):
+        for name, (graph, calls) in graphs.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if index >= 3:
+                times[name].append(start.elapsed_time(end) * 1e3 / calls)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def host_microseconds(call: Callable[[int], Any], calls: int = 200) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for index in range(calls):
+        call(index)
+    spent = (time.perf_counter() - start) / calls * 1e6
+    torch.cuda.synchronize()
+    return spent
+
+
+def copy_ceiling() -> float:
+    """GB/s of a device-to-device copy of 1 GiB, bytes read plus bytes written."""
+    source = torch.empty(1 << 28, device="cuda").normal_()
+    target = torch.empty_like(source)
+    graph = capture(lambda _: target.copy_(source), 5)
+    micro = medians({"copy": (graph, 5)}, 10)["copy"]
+    return 2 * source.numel() * 4 / micro / 1e3
+
+
+def variants(shape: Shape, inputs: Inputs, replayed: list[Tensor] | None) -> dict[str, Callable[[int], Any]]:
+    """Ours: forward with everything, its parts, with replay, and backward."""
+    count = len(inputs.logits)
+
+    def forward(index: int, **more: Any) -> RouteTopk:
+        return route_topk(inputs.logits[index % count], inputs.bias, top_k=shape.top_k, **shape.options, **more)
+
+    grads = (inputs.d_weights, inputs.d_score_sum, inputs.d_z, None, None)
+    options = {name: (DEFAULTS | shape.options)[name] for name in BACKWARD_OPTIONS}
+
+    def backward(index: int, given: tuple[Tensor | None, ...] = grads) -> Tensor:
+        at = index % count
+        return torch.ops.moe_layer.route_topk_bwd(*given, inputs.logits[at], inputs.ids[at], None, None, **options)
+
+    return {
+        "forward": lambda i: forward(i, **LOSSES),
+        "forward, no losses": forward,
+        "forward, aux only": lambda i: forward(i, aux_counts="live"),
+        "forward, effective": lambda i: forward(i, aux_counts="effective", want_z=True),
+        "forward, replayed": lambda i: forward(i, replay_ids=inputs.ids[i % count], **LOSSES),
+        "backward": backward,
+        "backward, weights only": lambda i: backward(i, (inputs.d_weights, None, None, None, None)),
+    }
+
+
+def peer_reference(shape: Shape, inputs: Inputs, compiled: bool) -> dict[str, Callable[[int], Any]]:
+    given = DEFAULTS | shape.options | LOSSES | {"top_k": shape.top_k}
+    forward_body, backward_body = module._op._init_fn, module._bwd_op._init_fn
+    options = {name: given[name] for name in BACKWARD_OPTIONS}
+    count = len(inputs.logits)
+    grads = (inputs.d_weights, inputs.d_score_sum, inputs.d_z, None, None)
+
+    def forward(x: Tensor) -> Any:
+        return forward_body(x, inputs.bias, None, None, None, None, **given)
+
+    def backward(x: Tensor, ids: Tensor) -> Any:
+        return backward_body(*grads, x, ids, None, None, **options)
+
+    if compiled:
+        forward, backward = torch.compile(forward), torch.compile(backward)
+    return {
+        "forward": lambda i: forward(inputs.logits[i % count]),
+        "backward": lambda i: backward(inputs.logits[i % count], inputs.ids[i % count]),
+    }
+
+
+def peer_te(shape: Shape, inputs: Inputs) -> dict[str, Callable[[int], Any]]:
+    """TransformerEngine's three calls, dense indices; forward, and forward plus backward minus forward."""
+    from transformer_engine.pytorch import router as te
+
+    count, score = len(inputs.logits), shape.options.get("score_function", "softmax")
+    leaves = [x.detach().requires_grad_() for x in inputs.logits]
+    indices = torch.empty(shape.tokens, shape.top_k, dtype=torch.int32, device="cuda")
+    groups = (shape.options.get("num_groups") or None, shape.options.get("group_topk") or None)
+    scale = shape.options.get("scaling_factor")
+
+    def forward(index: int) -> tuple[Tensor, Tensor]:
+        x = leaves[index % count]
+        probs, _ = te.fused_topk_with_score_function(
+            x, shape.top_k, False, *groups, scale, score, inputs.bias, topk_indices=indices
+        )
+        routing_map, scores = te.fused_compute_score_for_moe_aux_loss(x, shape.top_k, score)
+        counts = routing_map.sum(dim=0)
+        return probs, te.fused_moe_aux_loss(scores, counts, shape.tokens, shape.experts, shape.top_k, 1e-2)
+
+    d_probs = torch.randn(shape.tokens, shape.experts, device="cuda").to(inputs.logits[0].dtype)
+
+    def both(index: int) -> None:
+        probs, loss = forward(index)
+        torch.autograd.grad([probs, loss], leaves[index % count], [d_probs, torch.ones_like(loss)])
+
+    return {"forward": forward, "forward+backward": both}
+
+
+def provenance() -> dict[str, Any]:
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    return {
+        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
+        "git": git("rev-parse", "--short", "HEAD") or "unknown", "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "extension": _ext.status().info.get("sources", _ext.status().reason),
+    }  # fmt: skip
+
+
+def bench(name: str, dtype: torch.dtype, args: argparse.Namespace, ceiling: float) -> dict[str, Any]:
+    shape = SHAPES[name]
+    inputs = make_inputs(shape, dtype, args.warm)
+    sets = len(inputs.logits)
+    calls = {f"ours {key}": call for key, call in variants(shape, inputs, None).items()}
+    if args.peer == "te":
+        calls |= {f"te {key}": call for key, call in peer_te(shape, inputs).items()}
+    elif args.peer in ("reference", "compile"):
+        compiled = args.peer == "compile"
+        calls |= {f"{args.peer} {key}": call for key, call in peer_reference(shape, inputs, compiled).items()}
+    host = host_microseconds(calls["ours forward"])
+    per_graph = max(sets, 8)
+    times = medians({key: (capture(call, per_graph), per_graph) for key, call in calls.items()}, args.rounds)
+    moved = shape.tokens * (shape.experts * dtype.itemsize + shape.top_k * 8)
+    row = {
+        "bench": "router",
+        "shape": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        **shape._asdict(),
+        "bias": shape.bias,
+    }
+    row |= {"microseconds": {key: round(value, 2) for key, value in times.items()}, "host_microseconds": round(host, 1)}
+    row |= {
+        "gb_per_s": round(moved / times["ours forward"] / 1e3),
+        "copy_gb_per_s": round(ceiling),
+        "goal_forward": GOALS.get(name),
+    }
+    return row | {"warm_l2": args.warm} | provenance()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peer", choices=("none", "te", "reference", "compile"), default="none")
+    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--dtypes", default="bfloat16,float32")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--warm", action="store_true", help="one set of logits, which stays in the L2")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/router.jsonl")
+    args = parser.parse_args()
+    print(_ext.status().sentence())
+    ceiling = copy_ceiling()
+    print(f"{torch.cuda.get_device_name()}, copy ceiling {ceiling:.0f} GB/s")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    for name in args.shapes.split(","):
+        for dtype in args.dtypes.split(","):
+            try:
+                row = bench(name, getattr(torch, dtype), args, ceiling)
+            except RuntimeError as error:
+                print(f"{name} {dtype}: {error}")
+                continue
+            with args.output.open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+            times = "  ".join(f"{key.removeprefix('ours ')} {value:.1f}" for key, value in row["microseconds"].items())
+            goal = f" (goal {row['goal_forward']})" if row["goal_forward"] else ""
+            print(
+                f"{name:22s} {dtype:9s}{goal} us: {times}  host {row['host_microseconds']}  {row['gb_per_s']} GB/s",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
