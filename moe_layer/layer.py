@@ -5,6 +5,7 @@ T tokens, D hidden, E experts, K top-k.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,8 +89,11 @@ class MoELayer(nn.Module):
         cfg = self.config
         self.layer_index = layer_index
         self.router.context = context
+        dispatch = cfg.dispatch
+        if dispatch.rows == "auto" and dispatch.alignment == 1 and (context is None or context.ep_size == 1):
+            dispatch = dataclasses.replace(dispatch, rows="compact")  # our experts gather x themselves
         self.dispatcher = make_dispatcher(
-            cfg.dispatch,
+            dispatch,
             num_experts=cfg.router.num_experts,
             top_k=cfg.router.top_k,
             context=context,

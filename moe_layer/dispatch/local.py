@@ -39,7 +39,7 @@ class LocalDispatcher:
         self.top_k = top_k
         self.layer_index = layer_index
         self.blocks = reduction_blocks(num_experts)
-        self.compact = config.rows == "compact" or (config.rows == "auto" and config.alignment == 1)
+        self.compact = config.rows == "compact"
 
     def prepare(self, ids_TK: Tensor) -> DispatchPlan:
         return make_plan(ids_TK, num_experts=self.num_experts, num_ranks=1)
