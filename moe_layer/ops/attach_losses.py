@@ -81,10 +81,11 @@ class _EagerDoor(torch.autograd.Function):
     """The op's autograd for eager mode, from the same two functions; see `route_topk._EagerDoor` for why."""
 
     @staticmethod
-    def forward(*inputs: Any) -> Tensor:
-        return torch.ops.moe_layer.attach_losses(*inputs)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = torch.ops.moe_layer.attach_losses(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
 
-    setup_context = staticmethod(_setup_context)
     backward = staticmethod(_backward)
 
 

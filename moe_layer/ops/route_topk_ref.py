@@ -38,9 +38,19 @@ def score_slope(x: Tensor, y: Tensor, score_function: str) -> Tensor:
 # ---- weights ------------------------------------------------------------------------------------------------------
 
 
-def _routed(ids_TK: Tensor) -> tuple[Tensor, Tensor]:
+def _routed(ids_TK: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Mask of routed slots (None when the CPU sees that all are) and int64 ids that can be gathered with.
+
+    A row is routed as a whole or not at all: ids are -1 in invalid rows only.
+    """
     ids_TK = ids_TK.to(torch.int64)
+    if ids_TK.device.type == "cpu" and bool((ids_TK[:, 0] >= 0).all()):
+        return None, ids_TK
     return ids_TK >= 0, ids_TK.clamp(min=0)
+
+
+def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
+    return values if mask is None else torch.where(mask, values, 0.0)
 
 
 def _over_chosen(score_function: str, softmax_order: str, renormalize: bool) -> bool:
@@ -70,7 +80,7 @@ def weights(
             w_TK = w_TK / (w_TK.sum(dim=1, keepdim=True) + EPS)
     if scaling_factor != 1.0:
         w_TK = w_TK * scaling_factor
-    return torch.where(routed_TK, w_TK, 0.0)
+    return _masked(w_TK, routed_TK)
 
 
 def weight_gradient(
@@ -82,7 +92,7 @@ def weight_gradient(
     if d_probs is not None:
         dense_TK = d_probs.gather(1, safe_TK).to(dtype)
         total_TK = dense_TK if total_TK is None else total_TK + dense_TK
-    return None if total_TK is None else torch.where(routed_TK, total_TK, 0.0)
+    return None if total_TK is None else _masked(total_TK, routed_TK)
 
 
 def weights_backward(
@@ -103,9 +113,9 @@ def weights_backward(
     g_TK = d_w_TK * scaling_factor
     if score_function == "softmax" and not _over_chosen(score_function, softmax_order, renormalize):
         p_TE = torch.softmax(x_TE, dim=1)
-        gp_TK = torch.where(routed_TK, g_TK * p_TE.gather(1, safe_TK), 0.0)
+        gp_TK = _masked(g_TK * p_TE.gather(1, safe_TK), routed_TK)
         through_TE = (-gp_TK.sum(dim=1, keepdim=True) * p_TE).scatter_add_(1, safe_TK, gp_TK)
-        through_TE = torch.where(routed_TK[:, :1], through_TE, 0.0)
+        through_TE = _masked(through_TE, None if routed_TK is None else routed_TK[:, :1])
         return through_TE if dx_TE is None else dx_TE + through_TE
     x_TK = x_TE.gather(1, safe_TK)
     if score_function == "softmax":
@@ -118,7 +128,7 @@ def weights_backward(
             total_T1 = y_TK.sum(dim=1, keepdim=True) + EPS
             u_TK = g_TK / total_T1 - (g_TK * y_TK).sum(dim=1, keepdim=True) / (total_T1 * total_T1)
         dx_TK = u_TK * score_slope(x_TK, y_TK, score_function)
-    dx_TK = torch.where(routed_TK, dx_TK, 0.0)
+    dx_TK = _masked(dx_TK, routed_TK)
     base_TE = torch.zeros_like(x_TE) if dx_TE is None else dx_TE
     return base_TE.scatter_add_(1, safe_TK, dx_TK)
 
