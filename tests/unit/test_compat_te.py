@@ -161,7 +161,9 @@ def test_aux_loss(blocks: int, count_dtype: torch.dtype, dtype: torch.dtype) -> 
         (grad,) = torch.autograd.grad(loss, probs, torch.tensor(2.0, dtype=dtype))
         results.append((loss, grad))
     constant = 8 * 0.3 / 2 / 50**2
-    want = sum(float(counts[c]) * sum(float(probs[r, c].detach()) for r in range(7)) for c in range(8 * blocks)) * constant
+    want = (
+        sum(float(counts[c]) * sum(float(probs[r, c].detach()) for r in range(7)) for c in range(8 * blocks)) * constant
+    )
     for loss, grad in results:
         assert loss.ndim == 0 and loss.dtype == grad.dtype == dtype
         close(loss, torch.tensor(want), max(TOLERANCE[dtype], 4e-6), "loss")
