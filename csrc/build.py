@@ -158,7 +158,8 @@ def compile_all(toolkit: Toolkit, torch: TorchInstall, archs: list[str], build_d
             names = {"ARCHS": "_".join(archs), "VERSION": version[1] if version else "?", "SOURCES": source_hash()}
             # nvcc splits option values at commas, hence the underscores
             extra = [f"-DMOE_LAYER_{key}={value}" for key, value in names.items()]
-        identity = f"{toolkit.version} {torch.version} {common} {extra}".encode() + headers + source.read_bytes()
+        options = [flag for flag in common + extra if not flag.startswith("-I")]  # objects serve another checkout too
+        identity = f"{toolkit.version} {torch.version} {options}".encode() + headers + source.read_bytes()
         target = build_dir / f"{source.stem}-{hashlib.sha256(identity).hexdigest()[:16]}.o"
         if not target.exists():
             start, partial = time.monotonic(), target.with_suffix(f".{os.getpid()}.tmp.o")

@@ -153,9 +153,9 @@ class GradientLink:
     """Hands d(y) [T, D] from combine's backward to the experts' backward, so that d(rows) [N, D] is never written.
 
     A dispatcher offers a link (`Received.link`); an expert backend that can gather d(y) itself accepts it for the very
-    tensor that it returned; combine uses it only for that tensor. In place of d(rows) autograd then carries zeros without
-    memory: whatever else flows into d(rows) is added to them, and the experts' backward adds d(y) on top, so the sum is right
-    with or without other consumers of the rows.
+    tensor that it returned; combine uses it only for that tensor. In place of d(rows) autograd then carries zeros
+    without memory: whatever else flows into d(rows) is added to them, and the experts' backward adds d(y) on top, so
+    the sum is right with or without other consumers of the rows.
     """
 
     def __init__(self, index_N: Tensor) -> None:

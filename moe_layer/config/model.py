@@ -119,7 +119,7 @@ class DispatchConfig:
     backend: Literal["auto", "local", "replicated", "all_gather", "all_to_all"] = "auto"
     """Token dispatcher; auto is local at one rank and all_to_all beyond."""
     rows: Literal["auto", "expert_major", "compact"] = "auto"
-    """Layout of the received rows; auto is compact (no copy of x) in a layer on one rank without alignment, else expert_major."""
+    """Layout of received rows; auto: compact (x is not copied) in a layer on one rank, unaligned; else expert_major."""
     alignment: Literal[1, 8, 16, 128] = 1
     """Pad each expert's rows with zeros to a multiple of this (compact: 1)."""
     apply_probs: Literal["activation", "combine", "source"] = "activation"

@@ -1,4 +1,5 @@
-"""One rank: no traffic and no host synchronisation. Compact rows are x itself; expert-major rows are gathered from it."""
+"""One rank: no traffic and no host synchronisation. Compact rows are x itself; expert-major rows are gathered from
+it."""
 
 from __future__ import annotations
 
@@ -142,7 +143,8 @@ def _sources(order: SlotOrder, top_k: int) -> Tensor:
 
 
 class _Sum(torch.autograd.Function):
-    """y = tree sum of a token's rows (+ add), rounded once more; d(rows) is a gather of d(y), done by the experts if linked."""
+    """y = tree sum of a token's rows (+ add), rounded once more; d(rows) is a gather of d(y), done by the experts if
+    linked."""
 
     @staticmethod
     def forward(

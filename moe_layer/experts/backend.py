@@ -27,8 +27,8 @@ def resolve(
 ) -> str:
     """`reference`, `grouped_mm` or `quack` for operands of this device and dtype.
 
-    `auto` takes the loop on CPU, where it is faster than torch's grouped GEMM (docs/benchmarks/cpu_layer.jsonl), QuACK on
-    Hopper and grouped_mm on other GPUs. Each step down on a GPU warns once, with the reason and the remedy.
+    `auto` takes the loop on CPU, where it is faster than torch's grouped GEMM (docs/benchmarks/cpu_layer.jsonl), QuACK
+    on Hopper and grouped_mm on other GPUs. Each step down on a GPU warns once, with the reason and the remedy.
 
     Raises:
         ValueError: the backend was asked for by name and cannot run this; names the fact and the remedy.
@@ -36,9 +36,7 @@ def resolve(
     if backend == "reference" or (backend == "auto" and device.type == "cpu"):
         return "reference"
     if backend in ("auto", "quack"):
-        obstacle = quack.obstacle(
-            device, dtype, activation=activation, bias=bias, hidden_size=hidden_size, width=width
-        )
+        obstacle = quack.obstacle(device, dtype, activation=activation, bias=bias, hidden_size=hidden_size, width=width)
         if obstacle is None:
             return "quack"
         if backend == "quack":

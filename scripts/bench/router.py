@@ -1,8 +1,8 @@
-"""GPU time of the whole router after the gate GEMM, forward and backward, beside a peer: python scripts/bench/router.py.
+"""GPU time of the whole router after the gate GEMM, forward and backward, beside a peer.
 
-Every variant is captured in a CUDA graph of several calls over different logits (together larger than the L2 unless --warm) and
-the graphs are replayed in turn; the median time of a call is reported with the copy ceiling measured in the same run. Rows go to
-docs/benchmarks/router.jsonl (--output) with GPU, versions, git sha and shape.
+Every variant is captured in a CUDA graph of several calls over different logits (together larger than the L2 unless
+--warm) and the graphs are replayed in turn; the median time of a call is reported with the copy ceiling measured in the
+same run. Rows go to docs/benchmarks/router.jsonl (--output) with GPU, versions, git sha and shape.
 """
 
 from __future__ import annotations

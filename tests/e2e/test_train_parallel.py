@@ -1,8 +1,8 @@
 """Expert-parallel training over gloo: the losses of one rank, and checkpoints that move between EP sizes.
 
-Dense gradients are summed in another order at another number of ranks. In fp32 that can flip a near tie of the router, after
-which two runs drift apart by 1e-4; a small batch and learning rate keep 50 steps clear of it (four seeds: 2e-7). The same
-comparison on tiny.yaml itself is made in fp64 (docs/acceptance.md), where it agrees to 1e-14.
+Dense gradients are summed in another order at another number of ranks. In fp32 that can flip a near tie of the router,
+after which two runs drift apart by 1e-4; a small batch and learning rate keep 50 steps clear of it (four seeds: 2e-7).
+The same comparison on tiny.yaml itself is made in fp64 (docs/acceptance.md), where it agrees to 1e-14.
 """
 
 from __future__ import annotations

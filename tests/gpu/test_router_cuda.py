@@ -1,8 +1,8 @@
 """The router's CUDA kernels against the PyTorch reference on the CPU: ids by rule, values and gradients against fp64.
 
-Ids may differ from the CPU's only where the keys that decide differ by less than 8 ulp (docs/design.md, section 2). Values and
-gradients are compared with fp64 at the same ids; the tolerance is twice the error of the fp32 CPU path, plus a floor of a few
-ulp of the largest value, below which the fp32 path is exact by luck.
+Ids may differ from the CPU's only where the keys that decide differ by less than 8 ulp (docs/design.md, section 2).
+Values and gradients are compared with fp64 at the same ids; the tolerance is twice the error of the fp32 CPU path, plus
+a floor of a few ulp of the largest value, below which the fp32 path is exact by luck.
 """
 
 from __future__ import annotations
