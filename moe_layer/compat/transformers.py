@@ -33,6 +33,7 @@ from moe_layer.experts.spec import Layout, Weights
 from moe_layer.types import Received, Routing
 
 MINIMUM = (5, 7)
+ONE_RANK = DispatchConfig(backend="local")  # made once: checking it in every call costs time and breaks compilation
 
 
 def enable(name: str = "moe_layer") -> str:
@@ -122,9 +123,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     weights_TK = torch.where(ids_TK >= 0, top_k_weights.to(wide), 0)
     counts_E = torch.zeros(0, dtype=torch.int32, device=ids_TK.device)
     routing = Routing(ids_TK=ids_TK, weights_TK=weights_TK, counts_E=counts_E)
-    dispatcher = make_dispatcher(
-        DispatchConfig(backend="local"), num_experts=num_experts, top_k=ids_TK.shape[1], context=None
-    )
+    dispatcher = make_dispatcher(ONE_RANK, num_experts=num_experts, top_k=ids_TK.shape[1], context=None)
     received = dispatcher.dispatch(hidden_states, routing)
     return dispatcher.combine(_mlp(self, received), received)
 
@@ -194,18 +193,23 @@ def _weights(module: nn.Module, parameters: Parameters) -> Weights:
 
 def _activation(module: Any) -> tuple[str, float, float]:
     """Our name of the module's gate function, and the clamped one's limit and alpha."""
-    gate = type(module)._apply_gate
-    if gate.__module__ == "transformers.integrations.moe":
-        act = getattr(module, "act_fn", None)
+    kind = _gate_kind(type(module))
+    if kind == "default":
+        name = type(getattr(module, "act_fn", None)).__name__
         known = {"SiLU": "swiglu", "SiLUActivation": "swiglu", "GELUTanh": "geglu", "PytorchGELUTanh": "geglu"}
-        if type(act).__name__ in known:
-            return known[type(act).__name__], 0.0, 1.0
+        if name in known:
+            return known[name], 0.0, 1.0
         raise ValueError(
-            f"{type(module).__name__}.act_fn is {type(act).__name__}, moe_layer computes {', '.join(known)}; "
+            f"{type(module).__name__}.act_fn is {name}, moe_layer computes {', '.join(known)}; "
             "use experts_implementation='eager' for this model"
         )
-    if gate.__qualname__ == "GptOssExperts._apply_gate":
+    if kind == "GptOssExperts._apply_gate":
         return "swiglu_clamped", float(module.limit), float(module.alpha)
-    raise ValueError(
-        f"{gate.__qualname__} is a gate function that moe_layer does not know; use experts_implementation='eager'"
-    )
+    raise ValueError(f"{kind} is a gate function that moe_layer does not know; use experts_implementation='eager'")
+
+
+@torch.compiler.assume_constant_result
+def _gate_kind(experts_class: Any) -> str:
+    """`default` for transformers' activation(gate) * up, else the qualified name; not traced by torch.compile."""
+    gate = experts_class._apply_gate
+    return "default" if gate.__module__ == "transformers.integrations.moe" else gate.__qualname__

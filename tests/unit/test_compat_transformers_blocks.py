@@ -17,7 +17,7 @@ from moe_layer.errors import ConfigError, RoutingError
 from moe_layer.router import Router
 from moe_layer.types import RoutingDecision
 from tests.unit.hf_blocks import hf_block, hf_model
-from tests.unit.parity import assert_close, relative
+from tests.unit.parity import assert_close, gradients, relative
 
 pytest.importorskip("transformers", reason="this is the adapter for transformers")
 REPLACEABLE = ("qwen3_moe", "mixtral")
@@ -189,3 +189,39 @@ def test_what_cannot_be_replaced_says_so() -> None:
     with pytest.raises(ValueError, match="MixtralExperts has forward hooks"):
         ours.replace_moe_blocks(model)
     assert type(model.model.layers[0].mlp).__name__ == "MixtralSparseMoeBlock"
+
+
+@pytest.mark.parametrize("depth", ["experts function", "block"])
+def test_compiles_without_graph_breaks(depth: str) -> None:
+    if depth == "block":
+        module = replaced_block("qwen3_moe")
+    else:
+        block = hf_block("qwen3_moe")
+        block.config._experts_implementation = ours.enable()
+        module = block.module
+    x, dy = torch.randn(2, 2, 7, 32)
+    expected = gradients(module, x, dy, dict(module.named_parameters()))
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    found = gradients(compiled, x, dy, dict(module.named_parameters()))
+    assert_close(found, expected)
+
+
+def test_lora_on_expert_parameters() -> None:
+    """PEFT finds the parameters by name and its adapters get the gradients they get in the original model."""
+    peft = pytest.importorskip("peft", reason="peft is optional; tested where it is installed")
+    config = peft.LoraConfig(r=4, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    results = []
+    for replace in (False, True):
+        model = hf_model("qwen3_moe")
+        if replace:
+            ours.replace_moe_blocks(model)
+        model = peft.get_peft_model(model, config)
+        generator = torch.Generator().manual_seed(3)
+        adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        with torch.no_grad():
+            for parameter in adapters.values():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        results.append({name: parameter.grad for name, parameter in adapters.items()})
+    assert len(results[0]) == 8
+    assert_close(results[1], results[0], tolerance=5e-6)
