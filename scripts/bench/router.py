@@ -208,7 +208,8 @@ def provenance() -> dict[str, Any]:
 
     return {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "git": git("rev-parse", "--short", "HEAD") or "unknown", "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "git": git("rev-parse", "--short", "HEAD") or "unknown",
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "extension": _ext.status().info.get("sources", _ext.status().reason),
     }  # fmt: skip
 
