@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     )
     from moe_layer.layer import MoELayer
     from moe_layer.parallel import parallelize
+    from moe_layer.replay.session import RoutingSession
+    from moe_layer.replay.trace import RoutingTrace
     from moe_layer.types import Routing, RoutingDecision
 
 _HOME = {
@@ -32,6 +34,8 @@ _HOME = {
     "parallelize": "moe_layer.parallel",
     "Routing": "moe_layer.types",
     "RoutingDecision": "moe_layer.types",
+    "RoutingSession": "moe_layer.replay.session",
+    "RoutingTrace": "moe_layer.replay.trace",
     "CapacityError": "moe_layer.errors",
     "CheckpointError": "moe_layer.errors",
     "ConfigError": "moe_layer.errors",
@@ -52,6 +56,8 @@ __all__ = [
     "Routing",
     "RoutingDecision",
     "RoutingError",
+    "RoutingSession",
+    "RoutingTrace",
     "TraceError",
     "__version__",
     "load_config",

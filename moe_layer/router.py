@@ -24,6 +24,7 @@ from moe_layer.ops.capacity import apply_capacity, expert_capacity
 from moe_layer.ops.gate import gate_logits
 from moe_layer.ops.route_topk import RouteTopk, route_topk
 from moe_layer.ops.uniform import uniform_ids
+from moe_layer.replay.tap import Routed, RoutingTap
 from moe_layer.stats import EVENT_NAMES
 from moe_layer.types import Routing, RoutingDecision
 
@@ -60,6 +61,7 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.context: ParallelContext | None = None
+        self.routing_tap: RoutingTap | None = None
         num_experts = config.router.num_experts
         self.weight = nn.Parameter(torch.empty(num_experts, config.hidden_size, device=device, dtype=dtype))
         self.bias = (
@@ -126,7 +128,12 @@ class Router(nn.Module):
         """
         logits_TE = self.logits(x_TD)
         attaches = self.training and torch.is_grad_enabled()
+        tap = self.routing_tap
+        if tap is not None:
+            replay = tap.before(replay, num_tokens=x_TD.shape[0], device=x_TD.device)
         routed = self._route(logits_TE, valid_T, cu_seqlens, replay, attaches=attaches)
+        if tap is not None:
+            tap.after(self._routed(routed, logits_TE, valid_T))
         self._report(routed.events, replay)
         ids_TK, weights_TK, counts_E, capacity = self._capacity(routed)
         dropped = routed.counts.sum() - counts_E.sum()
@@ -155,6 +162,13 @@ class Router(nn.Module):
             stats={"events": routed.events, "logits": logits_TE, "dropped": dropped},
             capacity=capacity,
         )
+
+    def _routed(self, routed: RouteTopk, logits_TE: Tensor, valid_T: Tensor | None) -> Routed:
+        def live() -> Tensor:
+            with torch.no_grad():
+                return self._route(logits_TE, valid_T, None, None, attaches=False).ids
+
+        return Routed(routed.ids, routed.weights, logits_TE, valid_T, routed.events, live)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Gate GEMM with the configured dtypes: `[T, E]`. Jitter uses torch's generator, while training only."""

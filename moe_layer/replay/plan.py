@@ -1,0 +1,142 @@
+"""RoutingPlan: the rows of a trace that one micro-batch replays, on the device, layer by layer.
+
+L layers, T tokens of the micro-batch, K top-k, B = ceil(K/8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moe_layer.errors import TraceError
+from moe_layer.replay.spec import TraceSpec, token_checks, unpack_bits
+from moe_layer.types import RoutingDecision
+
+if TYPE_CHECKING:
+    from moe_layer.replay.trace import RoutingTrace
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingPlan:
+    """Ids stay in their narrow dtype; one layer at a time is widened when its router asks.
+
+    Attributes:
+        spec: of these layers. ids: `[L, T, K]`. valid: uint8 `[L, T, B]`, None when every slot is recorded.
+        weights: fp32 `[L, T, K]` or None.
+    """
+
+    spec: TraceSpec
+    ids: Tensor
+    valid: Tensor | None
+    weights: Tensor | None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.ids.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.ids.device
+
+    def decision(self, layer: int, start: int = 0, stop: int | None = None) -> RoutingDecision:
+        """Rows `[start, stop)` of a layer for the router: int32 ids `[T, K]`, -1 = missing. No host synchronisation."""
+        rows = slice(start, stop)
+        ids_TK = self.ids[layer, rows].to(torch.int32)
+        if self.valid is not None:
+            ids_TK = torch.where(unpack_bits(self.valid[layer, rows], self.spec.top_k), ids_TK, -1)
+        return RoutingDecision(ids_TK, weights=None if self.weights is None else self.weights[layer, rows])
+
+    def to(self, device: torch.device | str) -> RoutingPlan:
+        """The plan on another device; from the CPU to CUDA through pinned memory, without waiting."""
+        target = torch.device(device)
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None or tensor.device == target:
+                return tensor
+            if tensor.device.type == "cpu" and target.type == "cuda":
+                tensor = tensor.pin_memory()
+            return tensor.to(target, non_blocking=True)
+
+        ids = move(self.ids)
+        assert ids is not None
+        return replace(self, ids=ids, valid=move(self.valid), weights=move(self.weights))
+
+
+def make_plan(
+    trace: RoutingTrace,
+    token_index: Tensor | None,
+    *,
+    layers: Sequence[str] | None,
+    device: torch.device | str,
+    tokens: Tensor | None,
+    allow_missing: bool,
+) -> RoutingPlan:
+    """See `RoutingTrace.plan`."""
+    index_T, present_T = _check_index(trace, token_index)
+    if tokens is not None:
+        _check_tokens(trace, index_T, present_T, tokens)
+    names = tuple(trace.spec.layers if layers is None else layers)
+    at = torch.tensor(trace.spec.positions(names))
+
+    def take(tensor: Tensor) -> Tensor:
+        rows = tensor.index_select(0, index_T)
+        return rows.index_select(1, at).transpose(0, 1).contiguous()
+
+    bits = take(trace.valid) * present_T.to(torch.uint8).view(1, -1, 1)
+    whole = unpack_bits(bits, trace.spec.top_k)
+    if not allow_missing and not bool((whole | ~present_T.view(1, -1, 1)).all()):
+        row = int((~whole.all(-1).all(0) & present_T).nonzero()[0])
+        raise TraceError(
+            f"token {row} of the micro-batch has missing slots and allow_missing is False; record it, or allow "
+            "missing slots"
+        )
+    plan = RoutingPlan(
+        spec=replace(trace.spec, layers=names),
+        ids=take(trace.ids),
+        valid=None if bool(whole.all()) else bits,
+        weights=None if trace.weights is None else take(trace.weights),
+    )
+    return plan.to(device)
+
+
+def _check_index(trace: RoutingTrace, token_index: Tensor | None) -> tuple[Tensor, Tensor]:
+    """int64 `[T]` with pads at row 0, and bool `[T]`, False at pads."""
+    if token_index is None:
+        return torch.arange(trace.num_tokens), torch.ones(trace.num_tokens, dtype=torch.bool)
+    if token_index.is_floating_point() or token_index.dtype == torch.bool:
+        raise TraceError(f"token_index must be integers, got {token_index.dtype}; see moe_layer.replay.index_map")
+    index_T = token_index.detach().cpu().to(torch.int64).reshape(-1)
+    if index_T.numel() and (int(index_T.min()) < -1 or int(index_T.max()) >= trace.num_tokens):
+        raise TraceError(
+            f"token_index runs from {int(index_T.min())} to {int(index_T.max())}, the trace has rows 0 to "
+            f"{trace.num_tokens - 1} (-1 = pad); it was made for another batch"
+        )
+    present_T = index_T >= 0
+    if not trace.num_tokens:
+        raise TraceError("the trace has no rows; record some, or do not replay")
+    return index_T.clamp(min=0), present_T
+
+
+def _check_tokens(trace: RoutingTrace, index_T: Tensor, present_T: Tensor, tokens: Tensor) -> None:
+    if trace.token_check is None:
+        raise TraceError(
+            "tokens were given but the trace has no token checks; record it with token_ids, or omit tokens"
+        )
+    flat = tokens.detach().cpu().reshape(-1)
+    if flat.numel() != index_T.numel():
+        raise TraceError(
+            f"tokens has {flat.numel()} entries and token_index {index_T.numel()}; they must have one shape"
+        )
+    wrong = (token_checks(flat, trace.positions[index_T]) != trace.token_check[index_T]) & present_T
+    if bool(wrong.any()):
+        at = int(wrong.nonzero()[0])
+        raise TraceError(
+            f"{int(wrong.sum())} of {int(present_T.sum())} tokens are not the recorded ones, the first is token "
+            f"{at} of the "
+            f"micro-batch (id {int(flat[at])}, trace row {int(index_T[at])}); the batch is shifted, or from "
+            "another rollout"
+        )

@@ -1,0 +1,176 @@
+"""Recorded ids on their way to a trace: copied to pinned host memory as each router runs, without waiting.
+
+`Recording` keeps every call (training passes, prefill and decode steps). `StaticRecording` writes into
+buffers of a fixed size on the device, which a CUDA graph can capture; `commit` after each graph launch takes them home.
+
+T tokens, L layers, K top-k, N rows of the trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from moe_layer.errors import TraceError
+from moe_layer.replay.spec import TraceSpec
+from moe_layer.replay.tap import Routed
+from moe_layer.replay.trace import RoutingTrace
+
+
+class Recording:
+    """What one `record` block saw. `trace()` waits for the last copy."""
+
+    def __init__(self, spec: TraceSpec, *, weights: bool) -> None:
+        self.spec = spec
+        self._keeps_weights = weights
+        self._calls: list[list[tuple[Tensor, Tensor | None, Tensor | None]]] = [[] for _ in spec.layers]
+        self._event: torch.cuda.Event | None = None
+
+    def add(self, layer: int, routed: Routed) -> None:
+        """One router call: ids in the trace's dtype, and who was routed at all."""
+        if routed.ids_TK.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise TraceError(
+                "a CUDA graph cannot capture record(); use record(max_tokens=...) and commit() after each launch"
+            )
+        weights = routed.weights_TK.detach().float() if self._keeps_weights else None
+        valid = routed.valid_T
+        self._calls[layer].append(
+            (
+                _to_host(routed.ids_TK.to(self.spec.dtype, copy=True)),
+                None if weights is None else _to_host(weights.clone()),
+                None if valid is None else _to_host(valid.clone()),
+            )
+        )
+
+    def finish(self) -> None:
+        """Mark the end of the copies on the current stream."""
+        self._check_calls()
+        first = next((call[0] for calls in self._calls for call in calls), None)
+        if first is not None and first.is_pinned() and torch.cuda.is_available():
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def _check_calls(self) -> None:
+        """Every layer has run over the same tokens, else rows cannot be lined up."""
+        shapes = [tuple(call[0].shape[0] for call in calls) for calls in self._calls]
+        for name, shape in zip(self.spec.layers, shapes, strict=True):
+            if shape != shapes[0] or not shape:
+                raise TraceError(
+                    f"layer {name!r} ran over {list(shape)} tokens and layer {self.spec.layers[0]!r} over "
+                    f"{list(shapes[0])}; "
+                    "run the whole model inside record(), or exclude layers that do not run"
+                )
+
+    def trace(
+        self,
+        token_index: Tensor | None = None,
+        *,
+        num_tokens: int | None = None,
+        cu_seqlens: Tensor | list[int] | None = None,
+        token_ids: Tensor | None = None,
+        weights_version: Tensor | int | None = None,
+        notes: Mapping[str, str] | None = None,
+    ) -> RoutingTrace:
+        """The recorded rows as a trace.
+
+        Args:
+            token_index: for each recorded row (in the order of the calls) its row in the trace, -1 = pad: the map that
+                the micro-batch was made with. Default: rows as recorded.
+            num_tokens: rows of the trace with `token_index`, default the largest index + 1; rows nobody recorded are
+                missing.
+            cu_seqlens, token_ids, weights_version, notes: see `RoutingTrace.from_ids`; they describe the trace's rows.
+
+        Raises:
+            TraceError: maps or boundaries that do not fit, or ids that are no trace.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+        ids_NLK, weights_NLK = self._rows()
+        if token_index is not None:
+            ids_NLK, weights_NLK = _scatter(ids_NLK, weights_NLK, token_index, num_tokens)
+        return RoutingTrace.from_ids(
+            ids_NLK,
+            num_experts=self.spec.num_experts,
+            layers=self.spec.layers,
+            cu_seqlens=cu_seqlens,
+            weights=weights_NLK,
+            token_ids=token_ids,
+            weights_version=weights_version,
+            notes=notes,
+        )
+
+    def _rows(self) -> tuple[Tensor, Tensor | None]:
+        """int32 `[N, L, K]`, -1 in rows that were not routed, and weights."""
+        self._check_calls()
+        ids, weights = [], []
+        for calls in self._calls:
+            ids.append(torch.cat([_masked(call[0], call[2]) for call in calls]))
+            if self._keeps_weights:
+                weights.append(torch.cat([call[1] for call in calls if call[1] is not None]))
+        return torch.stack(ids, dim=1), torch.stack(weights, dim=1) if weights else None
+
+
+class StaticRecording(Recording):
+    """Device buffers `[L, max_tokens, K]` that live as long as this object; use it with CUDA graphs."""
+
+    def __init__(self, spec: TraceSpec, *, max_tokens: int, device: torch.device) -> None:
+        super().__init__(spec, weights=False)
+        self.ids = torch.zeros(len(spec.layers), max_tokens, spec.top_k, dtype=spec.dtype, device=device)
+        self.routed = torch.ones(len(spec.layers), max_tokens, dtype=torch.bool, device=device)
+
+    def add(self, layer: int, routed: Routed) -> None:
+        T = routed.ids_TK.shape[0]
+        if T > self.ids.shape[1]:
+            raise TraceError(f"record has room for {self.ids.shape[1]} tokens and the layer ran {T}; raise max_tokens")
+        self.ids[layer, :T].copy_(routed.ids_TK)
+        if routed.valid_T is not None:
+            self.routed[layer, :T].copy_(routed.valid_T)
+
+    def commit(self, num_tokens: int) -> None:
+        """Take home the first `num_tokens` rows of every layer, after a launch; does not wait."""
+        ids, routed = _to_host(self.ids[:, :num_tokens].clone()), _to_host(self.routed[:, :num_tokens].clone())
+        for layer in range(len(self.spec.layers)):
+            self._calls[layer].append((ids[layer], None, routed[layer]))
+        super().finish()
+
+    def finish(self) -> None:
+        """The block may only have captured a graph: rows come with `commit`."""
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    if not tensor.is_cuda:
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def _masked(ids_TK: Tensor, valid_T: Tensor | None) -> Tensor:
+    wide = ids_TK.to(torch.int32)
+    return wide if valid_T is None else torch.where(valid_T.unsqueeze(1), wide, -1)
+
+
+def _scatter(
+    ids: Tensor, weights: Tensor | None, token_index: Tensor, num_tokens: int | None
+) -> tuple[Tensor, Tensor | None]:
+    index = token_index.detach().cpu().to(torch.int64).reshape(-1)
+    if index.numel() != ids.shape[0]:
+        raise TraceError(
+            f"token_index has {index.numel()} entries and {ids.shape[0]} rows were recorded; they must be equal"
+        )
+    largest = int(index.max()) if index.numel() else -1
+    total = largest + 1 if num_tokens is None else num_tokens
+    kept = index >= 0
+    if index.numel() and (largest >= total or int(index.min()) < -1):
+        raise TraceError(f"token_index runs from {int(index.min())} to {largest} for {total} rows; see index_map")
+    target = index[kept]
+    if target.unique().numel() != target.numel():
+        raise TraceError("token_index names a row of the trace twice; every token is recorded once")
+    out = torch.full((total, *ids.shape[1:]), -1, dtype=torch.int32)
+    out[target] = ids[kept]
+    if weights is None:
+        return out, None
+    out_weights = torch.zeros(total, *weights.shape[1:])
+    out_weights[target] = weights[kept]
+    return out, out_weights

@@ -1,0 +1,301 @@
+"""RoutingTrace: which experts every token used in every layer, as data that can be saved, cut, joined and replayed.
+
+N rows (tokens, sequence after sequence), L layers, K top-k, E experts, S sequences, T tokens of a micro-batch.
+Token-major, ids in a dtype that E alone decides, validity as one bit per slot: with 256 experts every code of a byte is
+an expert, so no id can mean "missing" on disk. In decisions that reach a router, missing is -1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_layer.errors import TraceError
+from moe_layer.replay.checks import check_structure, check_values
+from moe_layer.replay.plan import RoutingPlan, make_plan
+from moe_layer.replay.spec import TraceSpec, pack_bits, token_checks, unpack_bits
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingTrace:
+    """Recorded routing of N tokens. Build it with `from_ids`, `open`, an adapter, or a session's `record`.
+
+    Attributes:
+        spec: E, K and the layers' module paths.
+        ids: uint8, int16 or int32 (by E) `[N, L, K]`, in slot order. valid: uint8 `[N, L, ceil(K/8)]`, bit k of a row
+            is slot k.
+        cu_seqlens: int64 `[S+1]`, boundaries of the sequences.
+        weights: fp32 `[N, L, K]`, the recording engine's gate weights, or None.
+        token_check: int32 `[N]`, check of (token id, position), or None.
+        weights_version: int32 `[N]`, which policy weights produced a row (partial rollouts), or None.
+        first_position: position of each sequence's first row; other than 0 for a fragment that waits for `splice`.
+        notes: free text, such as the engine's name.
+    """
+
+    spec: TraceSpec
+    ids: Tensor
+    valid: Tensor
+    cu_seqlens: Tensor
+    weights: Tensor | None = None
+    token_check: Tensor | None = None
+    weights_version: Tensor | None = None
+    first_position: int = 0
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_structure(self)
+
+    # ---- making -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_ids(
+        cls,
+        ids: Tensor,
+        *,
+        num_experts: int,
+        layers: Sequence[str],
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        weights: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        weights_version: Tensor | int | None = None,
+        first_position: int = 0,
+        notes: Mapping[str, str] | None = None,
+    ) -> RoutingTrace:
+        """A checked trace from integer ids `[N, L, K]` of any signed or unsigned dtype, -1 = missing.
+
+        Args:
+            num_experts, layers: see `TraceSpec`. cu_seqlens: boundaries, default one sequence.
+            weights: floating `[N, L, K]`. token_ids: integer `[N]`, kept as checks only.
+            weights_version: one number or `[N]`. first_position: of a fragment. notes: free text.
+
+        Raises:
+            TraceError: ids below -1 or from E up, duplicates in a row, non-finite weights, shapes that do not fit.
+        """
+        if ids.ndim != 3 or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise TraceError(f"ids must be integers [rows, layers, top_k], got {ids.dtype} {tuple(ids.shape)}")
+        spec = TraceSpec(num_experts, ids.shape[2], tuple(layers))
+        wide = ids.detach().cpu().to(torch.int64)
+        if wide.numel() and (int(wide.min()) < -1 or int(wide.max()) >= num_experts):
+            raise TraceError(
+                f"ids run from {int(wide.min())} to {int(wide.max())} and must lie in [0, {num_experts}), or be "
+                "-1 for a "
+                "missing slot; record logical, routed-only ids"
+            )
+        n = ids.shape[0]
+        bounds = torch.tensor([0, n]) if cu_seqlens is None else torch.as_tensor(cu_seqlens).to(torch.int64).cpu()
+        version = weights_version
+        if version is not None:
+            version = torch.as_tensor(version, dtype=torch.int32).cpu().expand(n).clone()
+        trace = cls(
+            spec=spec,
+            ids=wide.clamp(min=0).to(spec.dtype),
+            valid=pack_bits(wide >= 0),
+            cu_seqlens=bounds,
+            weights=None if weights is None else weights.detach().cpu().to(torch.float32).contiguous(),
+            weights_version=version,
+            first_position=first_position,
+            notes=dict(notes or {}),
+        )
+        check_values(trace)
+        return trace if token_ids is None else trace.with_tokens(token_ids)
+
+    def with_tokens(self, token_ids: Tensor) -> RoutingTrace:
+        """The same trace that knows its tokens (as checks): integer `[N]`."""
+        if tuple(token_ids.shape) != (self.num_tokens,):
+            raise TraceError(f"token_ids must be [{self.num_tokens}] like the rows, got {tuple(token_ids.shape)}")
+        return replace(self, token_check=token_checks(token_ids, self.positions))
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = True) -> RoutingTrace:
+        """Open a saved trace, memory-mapped (`.safetensors`) or read (`.npz`).
+
+        Args:
+            verify: read the file once to compare its checksum and check every row.
+
+        Raises:
+            TraceError: truncated, damaged, another format or version, values that do not fit.
+        """
+        from moe_layer.replay.trace_io import open_trace
+
+        return open_trace(Path(path), verify=verify)
+
+    def save(self, path: str | Path) -> None:
+        """Write `.safetensors` or `.npz` with format version and checksum; the file appears only when it is
+        complete.
+        """
+        from moe_layer.replay.trace_io import save_trace
+
+        save_trace(self, Path(path))
+
+    # ---- reading ----------------------------------------------------------------------------------------------------
+
+    @property
+    def num_tokens(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Rows of each sequence."""
+        return self.cu_seqlens.diff().tolist()
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 `[N]`, position of each row in its sequence."""
+        starts = torch.repeat_interleave(self.cu_seqlens[:-1], self.cu_seqlens.diff())
+        return torch.arange(self.num_tokens) - starts + self.first_position
+
+    def wide_ids(self) -> Tensor:
+        """int32 `[N, L, K]` with -1 for missing slots."""
+        return torch.where(unpack_bits(self.valid, self.spec.top_k), self.ids.to(torch.int32), -1)
+
+    def validate(self, *, complete: bool = False) -> None:
+        """Check every row; `complete` also forbids missing slots.
+
+        Raises:
+            TraceError: ids out of range, duplicates, non-finite weights, damaged bitmap.
+        """
+        check_values(self, complete=complete)
+
+    def rows(self, start: int, stop: int) -> RoutingTrace:
+        """Rows `[start, stop)` of a single-sequence trace as a fragment that knows its position."""
+        if len(self.cu_seqlens) != 2 or not 0 <= start <= stop <= self.num_tokens:
+            raise TraceError(
+                f"rows [{start}, {stop}) need one sequence with so many rows, this trace has "
+                f"{len(self.cu_seqlens) - 1} "
+                f"sequences and {self.num_tokens} rows; take a sequence first"
+            )
+        return self._cut(start, stop, self.first_position + start)
+
+    def sequence(self, index: int) -> RoutingTrace:
+        """One sequence."""
+        if not 0 <= index < len(self.cu_seqlens) - 1:
+            raise TraceError(f"there is no sequence {index}, this trace has {len(self.cu_seqlens) - 1}")
+        start, stop = self.cu_seqlens[index : index + 2].tolist()
+        return self._cut(start, stop, self.first_position)
+
+    def _cut(self, start: int, stop: int, first_position: int) -> RoutingTrace:
+        cut = {name: getattr(self, name)[start:stop] for name in PER_ROW if getattr(self, name) is not None}
+        return replace(self, **cut, cu_seqlens=torch.tensor([0, stop - start]), first_position=first_position)
+
+    # ---- joining ----------------------------------------------------------------------------------------------------
+
+    def splice(self, other: RoutingTrace, start: int | None = None) -> RoutingTrace:
+        """Multi-turn and partial rollouts: keep this trace's rows below `start`, take the rest from `other`.
+
+        Rows that are owned already are never replaced, because later turns recompute them with other weights or
+        kernels.
+
+        Args:
+            other: a fragment of the same sequence, `other.first_position` rows into it; it may repeat owned rows.
+            start: number of own rows to keep, default all of them.
+
+        Raises:
+            TraceError: another model, a gap, or rows about other tokens.
+        """
+        start = self.num_tokens if start is None else start
+        mine = self.rows(0, start)
+        if other.spec != self.spec:
+            raise TraceError(f"cannot splice a trace of {_describe(other.spec)} onto one of {_describe(self.spec)}")
+        first = other.first_position - self.first_position
+        if len(other.cu_seqlens) != 2 or not 0 <= first <= start or first + other.num_tokens < start:
+            raise TraceError(
+                f"the fragment covers positions [{first}, {first + other.num_tokens}) and must reach from at "
+                f"most {start} "
+                f"to at least {start}, in one sequence; a gap cannot be spliced"
+            )
+        self._check_overlap(other, first, min(self.num_tokens, first + other.num_tokens))
+        return _join([mine, other.rows(start - first, other.num_tokens)], one_sequence=True)
+
+    def _check_overlap(self, other: RoutingTrace, first: int, stop: int) -> None:
+        if self.token_check is None or other.token_check is None or stop <= first:
+            return
+        differ = self.token_check[first:stop] != other.token_check[: stop - first]
+        if bool(differ.any()):
+            raise TraceError(
+                f"the fragment is about other tokens from position {first + int(differ.nonzero()[0])} on; it "
+                "belongs to "
+                "another sequence, or is shifted"
+            )
+
+    @staticmethod
+    def concat(traces: Sequence[RoutingTrace]) -> RoutingTrace:
+        """Several traces of one model as one, sequence after sequence."""
+        if not traces:
+            raise TraceError("concat needs at least one trace")
+        for trace in traces[1:]:
+            if trace.spec != traces[0].spec or trace.first_position != traces[0].first_position:
+                raise TraceError(
+                    f"cannot join a trace of {_describe(trace.spec)} and one of {_describe(traces[0].spec)}"
+                )
+        return _join(list(traces), one_sequence=False)
+
+    def merged(self, other: RoutingTrace) -> RoutingTrace:
+        """Fill this trace's missing slots with `other`'s: the shards of a context-parallel recording.
+
+        Raises:
+            TraceError: other shapes, or slots that both have with different ids.
+        """
+        if other.spec != self.spec or other.num_tokens != self.num_tokens:
+            raise TraceError(
+                f"cannot merge {other.num_tokens} rows of {_describe(other.spec)} into {self.num_tokens} rows"
+            )
+        mine, theirs = unpack_bits(self.valid, self.spec.top_k), unpack_bits(other.valid, self.spec.top_k)
+        if bool((mine & theirs & (self.ids != other.ids)).any()):
+            raise TraceError(
+                "both traces have ids for the same slots and they differ; merge shards of one forward pass"
+            )
+        weights = None
+        if self.weights is not None and other.weights is not None:
+            weights = torch.where(mine, self.weights, other.weights)
+        ids = torch.where(mine, self.ids, other.ids)
+        return replace(self, ids=ids, valid=self.valid | other.valid, weights=weights)
+
+    # ---- replaying --------------------------------------------------------------------------------------------------
+
+    def plan(
+        self,
+        token_index: Tensor | None = None,
+        *,
+        layers: Sequence[str] | None = None,
+        device: torch.device | str = "cpu",
+        tokens: Tensor | None = None,
+        allow_missing: bool = True,
+    ) -> RoutingPlan:
+        """What one micro-batch on one rank replays: the only sharding primitive.
+
+        Args:
+            token_index: integer, any shape; row of the trace for each token of the micro-batch, -1 = pad or unknown.
+                Default: all rows in order. See `moe_layer.replay.index_map`.
+            layers: those of the session (a pipeline stage has some). device: of the model.
+            tokens: the micro-batch's token ids, same shape as `token_index`; compared with the recorded ones.
+            allow_missing: False refuses rows or slots without ids (pads excepted).
+
+        Raises:
+            TraceError: an index out of range, unknown layers, other tokens than recorded, missing slots where
+                forbidden.
+        """
+        return make_plan(self, token_index, layers=layers, device=device, tokens=tokens, allow_missing=allow_missing)
+
+
+PER_ROW = ("ids", "valid", "weights", "token_check", "weights_version")
+
+
+def _join(parts: list[RoutingTrace], *, one_sequence: bool) -> RoutingTrace:
+    joined: dict[str, Any] = {}
+    for name in PER_ROW:
+        tensors = [getattr(part, name) for part in parts]
+        known = [tensor for tensor in tensors if tensor is not None]
+        joined[name] = torch.cat(known) if len(known) == len(tensors) else None
+    lengths = [part.cu_seqlens.diff() for part in parts]
+    total = torch.cat(lengths).sum().reshape(1) if one_sequence else torch.cat(lengths)
+    bounds = torch.cat((torch.zeros(1, dtype=torch.int64), total.cumsum(0)))
+    return replace(parts[0], **joined, cu_seqlens=bounds)
+
+
+def _describe(spec: TraceSpec) -> str:
+    return f"{len(spec.layers)} layers (first {spec.layers[0]!r}), {spec.num_experts} experts, top_k {spec.top_k}"
