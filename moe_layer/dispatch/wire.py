@@ -27,7 +27,7 @@ Phase = Literal["dispatch", "combine", "combine backward", "dispatch backward", 
 _MAGIC = int.from_bytes(b"MoELayer", "big")
 _PHASES: tuple[Phase, ...] = ("dispatch", "combine", "combine backward", "dispatch backward", "overflow", "bind")
 _FIELDS = ("magic", "layer", "step", "phase", "tokens", "config", "rows", "row_bytes")
-_GRACE_S = 2.0  # how long a survivor waits for the others' reports, at most
+_GRACE_S = 1.25  # how long a survivor waits for the others' reports: less than the 2 s allowed past the deadline
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def _all_reduce(flat: Tensor, *, group: object, context: ParallelContext) -> Non
         compat.all_reduce(flat, group=group)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:160]
-        raise context.fail(f"step {context.step}, phase gradients", reason, grace_s=2.0) from error
+        raise context.fail(f"step {context.step}, phase gradients", reason, grace_s=1.25) from error
 
 
 def _reduce(gradients: list[Tensor], *, group: object, divisor: int, context: ParallelContext) -> None:

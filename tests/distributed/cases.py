@@ -6,12 +6,14 @@ Letters: T tokens, K slots, E experts, L local experts, D hidden.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_layer.config.model import DispatchConfig
 from moe_layer.dispatch import make_dispatcher
+from moe_layer.ops.tree_reduce import reduction_blocks, tree_reduce
 from moe_layer.parallel.context import ParallelContext
 from moe_layer.types import Received, Routing
 
@@ -55,12 +57,30 @@ def even_cuts(T: int, R: int) -> list[int]:
     return [T * r // R for r in range(R + 1)]
 
 
+class GatherCompact(torch.autograd.Function):
+    """What experts owe compact rows: d(rows) of a token is summed by the tree, not by autograd's order."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, received: Received) -> Tensor:
+        ctx.received, ctx.dtype = received, rows.dtype
+        assert received.index_N is not None
+        return rows[received.index_N.long()]
+
+    @staticmethod
+    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None]:
+        received, E = ctx.received, ctx.received.plan.num_experts
+        d_compact = tree_reduce(
+            d_rows, received.row_CK, ids_MK=received.ids_CK, num_experts=E, blocks=reduction_blocks(E)
+        )
+        return d_compact.to(ctx.dtype), None
+
+
 def apply_experts(received: Received, experts: Tensor) -> Tensor:
     """Per-expert loop over real rows; one GEMM per expert, so that a rank's plan does not depend on R. NaN in pads and
     tail."""
     off = received.offsets_L1.tolist()
     counts = received.counts_L.tolist()
-    rows = received.rows if received.index_N is None else received.rows[received.index_N.long()]
+    rows = received.rows if received.index_N is None else GatherCompact.apply(received.rows, received)
     out = []
     for e in range(experts.shape[0]):
         seg = slice(off[e], off[e] + counts[e])

@@ -18,10 +18,15 @@ PROBS = ("activation", "combine", "source")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("apply_probs", PROBS)
 @pytest.mark.parametrize("K", [2, 6])
-def test_ranks_do_not_change_bits(ranks: ThreadRanks, size: int, backend: str, apply_probs: str, K: int) -> None:
+@pytest.mark.parametrize("rows", ["expert_major", "compact"])
+def test_ranks_do_not_change_bits(
+    ranks: ThreadRanks, size: int, backend: str, apply_probs: str, K: int, rows: str
+) -> None:
+    """The reference is expert-major on one rank; compact rows, there and everywhere, give its bits too."""
     case = make_case(size + K, T=26, D=16, E=16, K=K)
-    want = run_case(case, DispatchConfig(apply_probs=apply_probs))
-    config = DispatchConfig(backend=backend, apply_probs=apply_probs)
+    want = run_case(case, DispatchConfig(apply_probs=apply_probs, rows="expert_major"))
+    assert_same_bits(run_case(case, DispatchConfig(apply_probs=apply_probs, rows="compact")), want)
+    config = DispatchConfig(backend=backend, apply_probs=apply_probs, rows=rows)
     got = joined(ranks.run(size, lambda context: run_case(case, config, context)), replicated=backend == "replicated")
     assert_same_bits(got, want)
 
