@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 
 from moe_layer.config import MoEConfig, TrainConfig, config_hash, load_config, preset_names, to_dict, to_yaml
@@ -19,6 +18,8 @@ from moe_layer.config.document import read_file
 from moe_layer.config.read import plain_data
 from moe_layer.config.schema import json_schema, schema_text
 from tests.unit.config_cases import LAYER, ROOT, RUN, write
+
+jsonschema = pytest.importorskip("jsonschema", reason="the schema is checked with jsonschema: requirements/test.txt")
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 IDS = [str(path.relative_to(ROOT / "configs")) for path in CONFIGS]
