@@ -78,9 +78,10 @@ def build_model(config: TrainConfig, world: World) -> Decoder:
     model = Decoder(
         config.model,
         config.moe,
+        device=world.device,  # drawing a billion numbers on the host takes a minute
         dtype=torch_dtype(config.train.dtype),
         activation_checkpointing=config.train.activation_checkpointing,
-    ).to(world.device)
+    )
     if world.mesh is not None:
         parallelize(model, world.mesh)
     if config.train.compile:

@@ -139,12 +139,36 @@ def join(config: TrainConfig) -> Iterator[World]:
     device = pick_device(config.train.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if layout.world == 1:
-        yield World(rank=0, layout=layout, device=device, mesh=None)
-        return
+    with _deterministic(device):
+        if layout.world == 1:
+            yield World(rank=0, layout=layout, device=device, mesh=None)
+            return
+        with _process_group(device):
+            mesh = init_device_mesh(device.type, (layout.dp, layout.ep), mesh_dim_names=("dp", "ep"))
+            yield World(rank=dist.get_rank(), layout=layout, device=device, mesh=mesh, copies=_copies(config))
+
+
+@contextmanager
+def _process_group(device: torch.device) -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
-        mesh = init_device_mesh(device.type, (layout.dp, layout.ep), mesh_dim_names=("dp", "ep"))
-        yield World(rank=dist.get_rank(), layout=layout, device=device, mesh=mesh, copies=_copies(config))
+        yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """On CUDA: torch's deterministic kernels (attention's backward adds atomically otherwise, and resume is not bit-exact)."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS insists on it under this mode
+    was, fills = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over every buffer
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
