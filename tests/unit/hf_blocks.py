@@ -80,6 +80,8 @@ def hf_block(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, 
     """One block with random weights, biases and correction bias."""
     config = hf_config(family, **changes)
     module = _block_class(family)(config)
+    if family == "gpt_oss":
+        module.experts.limit = config.swiglu_limit  # transformers 5.7 has 7.0 whatever the config says
     randomize(module, seed=seed)
     return HfBlock(config, module.to(dtype))
 
