@@ -146,9 +146,9 @@ class Router(nn.Module):
                 weights_TK,
                 torch.stack(list(scaled.values())) if scaled else None,
                 self.loss_scale,
-                counts_E,
+                counts_E if replay is None else self._counted(logits_TE, valid_T, counts_E),
                 self.tokens_per_expert,
-                aux_counts=routed.aux_counts if self.config.losses.aux == "global" else None,
+                aux_counts=routed.aux_counts if self.config.losses.aux == "global" and "aux" in unscaled else None,
                 aux_history=self.aux_history,
                 log_values=_log_values(unscaled, num_valid_S, dropped, routed.events),
                 log_sums=self.log_sums,
@@ -170,6 +170,13 @@ class Router(nn.Module):
 
         return Routed(routed.ids, routed.weights, logits_TE, valid_T, routed.events, live)
 
+    def _counted(self, logits_TE: Tensor, valid_T: Tensor | None, counts_E: Tensor) -> Tensor | None:
+        """What a replayed pass adds to `tokens_per_expert` (replay.bias_counts)."""
+        if self.config.replay.bias_counts != "live":
+            return counts_E if self.config.replay.bias_counts == "effective" else None
+        with torch.no_grad():
+            return self._route(logits_TE, valid_T, None, None, attaches=False).counts
+
     def logits(self, x_TD: Tensor) -> Tensor:
         """Gate GEMM with the configured dtypes: `[T, E]`. Jitter uses torch's generator, while training only."""
         cfg = self.config.router
@@ -186,7 +193,17 @@ class Router(nn.Module):
         *,
         attaches: bool,
     ) -> RouteTopk:
-        cfg, loss_cfg, mode = self.config.router, self.config.losses, self.config.replay.weights
+        cfg, loss_cfg, policy = self.config.router, self.config.losses, self.config.replay
+        mode, renormalize, aux_counts = policy.weights, cfg.renormalize, loss_cfg.counts
+        if replay is not None:
+            renormalize = {"router": renormalize, "always": True, "never": False}[policy.renormalize]
+            aux_counts = {"losses": aux_counts, "off": "none"}.get(policy.aux_map, policy.aux_map)
+        if replay is not None and cfg.capacity_factor is not None and not policy.allow_capacity:
+            raise RoutingError(
+                f"replay with router.capacity_factor {cfg.capacity_factor} would drop replayed slots; set it to "
+                "null for "
+                "training on recorded routing, or set replay.allow_capacity: true"
+            )
         if replay is not None and replay.weights is None and mode != "live":
             raise RoutingError(
                 f"replay.weights is {mode}, which needs recorded weights; "
@@ -201,7 +218,7 @@ class Router(nn.Module):
             top_k=cfg.top_k,
             score_function=cfg.score_function,
             softmax_order=cfg.softmax_order,
-            renormalize=cfg.renormalize,
+            renormalize=renormalize,
             scaling_factor=cfg.scaling_factor,
             num_groups=cfg.num_groups or 0,
             group_topk=cfg.group_topk or 0,
@@ -211,7 +228,7 @@ class Router(nn.Module):
             weights_mode="live" if replay is None else mode,
             valid=valid_T,
             cu_seqlens=cu_seqlens if loss_cfg.aux == "sequence" else None,
-            aux_counts=loss_cfg.counts if attaches and loss_cfg.aux != "none" else "none",
+            aux_counts=aux_counts if attaches and loss_cfg.aux != "none" else "none",
             want_z=attaches and loss_cfg.z_coeff > 0.0,
         )
 
@@ -230,7 +247,7 @@ class Router(nn.Module):
         """Unscaled losses, and the same times their coefficients."""
         cfg = self.config.losses
         unscaled: dict[str, Tensor] = {}
-        if cfg.aux != "none":
+        if routed.aux_counts.ndim == 2:  # [0] when nobody asked: no such loss, or replay.aux_map off
             unscaled["aux"] = losses.load_balancing_loss(
                 routed.aux_counts,
                 routed.score_sum,

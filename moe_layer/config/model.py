@@ -68,6 +68,8 @@ class ExpertsConfig:
     """Implementation of the grouped MLP."""
     recompute: Literal["none", "h"] = "none"
     """`h`: keep no gate/up projection for backward, compute it again."""
+    weight_format: Literal["input", "int8", "fp8_1x128"] = "input"
+    """Rollout and evaluation only (a backward raises): quantise weights and activations, see experts/quantized.py."""
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of the normal initialisation."""
 
@@ -153,6 +155,14 @@ class ReplayConfig:
     """Slots without a recorded id: filled by the best live experts not already taken, or an error."""
     on_duplicate: Literal["refill", "raise"] = "refill"
     """Repeated ids in a row: the first stays and the others are refilled, or an error."""
+    aux_map: Literal["losses", "live", "effective", "off"] = "losses"
+    """What f_e counts in a replayed pass: as losses.counts says, live ids (Megatron), replayed ids, or no loss."""
+    bias_counts: Literal["effective", "live", "off"] = "effective"
+    """What `tokens_per_expert` counts in a replayed pass: replayed ids, live ids (a second selection), or nothing."""
+    renormalize: Literal["router", "always", "never"] = "router"
+    """Divide the gate weights of a replayed pass by their sum: as router.renormalize says, or regardless of it."""
+    allow_capacity: bool = False
+    """Replay although router.capacity_factor may drop replayed slots; without it such a replay is refused."""
 
     def __post_init__(self) -> None:
         rules.check(self)

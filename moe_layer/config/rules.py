@@ -133,9 +133,13 @@ def _listed(numbers: list[int]) -> str:
 
 
 def experts(c: model.ExpertsConfig) -> Problems:
-    """Clamp settings belong to one activation."""
+    """Clamp settings belong to one activation; quantised experts have one implementation and no backward."""
     if c.activation != "swiglu_clamped":
         yield from _ineffective(c, ("clamp_limit", "clamp_alpha"), "activation swiglu_clamped")
+    if c.weight_format != "input" and c.backend not in ("auto", "reference"):
+        yield f"backend ({c.backend}) cannot run weight_format {c.weight_format}; use backend auto"
+    if c.weight_format != "input":
+        yield from _ineffective(c, ("recompute",), "weight_format input, since quantised experts have no backward")
 
 
 def losses(c: model.LossesConfig) -> Problems:
@@ -160,12 +164,31 @@ def moe(c: model.MoEConfig) -> Problems:
         yield from _ineffective(
             c.balance, ("bias_update_rate", "zero_mean"), "router.expert_bias true", prefix="balance."
         )
-    if c.router.capacity_factor is not None:
-        for name in _changed(c.replay, "weights", "on_missing", "on_duplicate"):
+    yield from _replay(c)
+
+
+def _replay(c: model.MoEConfig) -> Problems:
+    if c.router.capacity_factor is None:
+        yield from _ineffective(c.replay, ("allow_capacity",), "router.capacity_factor", prefix="replay.")
+    elif not c.replay.allow_capacity:
+        for name in _changed(c.replay, *(n for n in field_types(type(c.replay)) if n != "allow_capacity")):
             yield (
                 f"replay.{name} ({getattr(c.replay, name)}) cannot be combined with router.capacity_factor "
-                f"({c.router.capacity_factor}): capacity would drop replayed slots; set router.capacity_factor null"
+                f"({c.router.capacity_factor}): capacity would drop replayed slots; set router.capacity_factor null, "
+                f"or replay.allow_capacity true"
             )
+    if c.losses.aux == "none":
+        yield from _ineffective(c.replay, ("aux_map",), "losses.aux batch, sequence or global", prefix="replay.")
+    renormalize = c.replay.renormalize
+    if renormalize == ("always" if c.router.renormalize else "never"):
+        yield f"replay.renormalize ({renormalize}) is what the router does anyway; leave it at router"
+    elif renormalize == "never" and c.router.score_function == "softmax" and c.router.softmax_order == "post":
+        yield (
+            "replay.renormalize (never) contradicts router.softmax_order post, whose weights always sum to 1; use "
+            "router.softmax_order pre"
+        )
+    elif renormalize == "always" and c.router.top_k == 1:
+        yield "replay.renormalize (always) with router.top_k 1 would make every weight 1; leave it at router"
 
 
 def model_(c: train.ModelConfig) -> Problems:

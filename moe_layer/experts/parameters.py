@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_layer.config.model import ExpertsConfig
+from moe_layer.experts import quantized
 from moe_layer.experts.autograd import experts_mlp
 from moe_layer.experts.backend import resolve
 from moe_layer.experts.spec import ExpertsSpec, Layout, Weights
@@ -52,6 +53,7 @@ class Experts(nn.Module):
         super().__init__()
         self.config = config
         self.hidden_size = hidden_size
+        self._quantized = quantized.QuantizedWeights()
         width = config.intermediate_size
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -114,6 +116,16 @@ class Experts(nn.Module):
             ids_CK=received.ids_CK,
         )
         config = self.config
+        if config.weight_format != "input":
+            return quantized.forward(
+                layout,
+                weights,
+                weight_format=config.weight_format,
+                activation=config.activation,
+                limit=float(config.clamp_limit),
+                alpha=float(config.clamp_alpha),
+                cache=self._quantized,
+            )
         spec = ExpertsSpec(
             backend=resolve(
                 config.backend,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_layer.config import MoEConfig
-from moe_layer.errors import CapacityError
+from moe_layer.errors import CapacityError, RoutingError
 from moe_layer.layer import MoELayer
 from moe_layer.types import RoutingDecision
 from tests.unit.every_key import Case
@@ -122,8 +122,30 @@ def replayed_with_duplicates(config: MoEConfig) -> Any:
     return _numbers(layer, x, replay=torch.tensor([5, 5]).expand(2, 12, 2))
 
 
+def forced_counts(config: MoEConfig) -> Any:
+    """What a replayed pass adds to the counter of the bias update."""
+    layer, x = _layer(config)
+    layer(x, replay=torch.tensor([5, 2]).expand(2, 12, 2)).sum().backward()
+    return _plain(layer.router.tokens_per_expert)
+
+
+def replayed_or_refused(config: MoEConfig) -> str:
+    try:
+        replayed(config)
+    except RoutingError as error:
+        return str(error)
+    return "ran"
+
+
+def evaluated(config: MoEConfig) -> Any:
+    layer, x = _layer(config)
+    with torch.no_grad():
+        return _plain(layer(x))
+
+
 GROUPS = ("router.num_groups=4", "router.group_topk=2")
 BIAS = ("router.score_function=sigmoid", "router.expert_bias=true")
+PRE = ("router.softmax_order=pre", "router.renormalize=false")
 SHARED = ("shared_expert.intermediate_size=16",)
 AUX = ("losses.aux=batch", "losses.aux_coeff=0.1")
 STATIC = ("dispatch.capacity=static",)
@@ -157,6 +179,9 @@ LAYER_CASES = (
     Case("moe.experts.backend", "grouped_mm", numbers_fp64, raises="experts.backend is grouped_mm, but"),
     Case("moe.experts.recompute", "h", saved_bytes),
     Case("moe.experts.init_std", "0.1", numbers),
+    Case("moe.experts.weight_format", "int8", evaluated),
+    Case("moe.experts.weight_format", "fp8_1x128", evaluated),
+    Case("moe.experts.weight_format", "fp8_1x128", numbers, raises="has no backward"),
     Case("moe.shared_expert.intermediate_size", "32", state, SHARED),
     Case("moe.shared_expert.gate", "true", state, SHARED),
     Case("moe.losses.aux", "batch", numbers),
@@ -184,4 +209,12 @@ LAYER_CASES = (
     Case("moe.replay.weights", "straight_through", replayed),
     Case("moe.replay.on_missing", "raise", replayed_with_gaps, raises="replay slots are -1"),
     Case("moe.replay.on_duplicate", "raise", replayed_with_duplicates, raises="replay slots repeat an expert"),
+    Case("moe.replay.aux_map", "effective", replayed, AUX),
+    Case("moe.replay.aux_map", "off", replayed, AUX),
+    Case("moe.replay.aux_map", "live", replayed, (*AUX, "losses.counts=effective")),
+    Case("moe.replay.bias_counts", "live", forced_counts),
+    Case("moe.replay.bias_counts", "off", forced_counts),
+    Case("moe.replay.renormalize", "always", replayed, PRE),
+    Case("moe.replay.renormalize", "never", replayed, ("router.softmax_order=pre",)),
+    Case("moe.replay.allow_capacity", "true", replayed_or_refused, ("router.capacity_factor=0.5",)),
 )

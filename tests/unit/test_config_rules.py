@@ -159,11 +159,41 @@ LAYER_RULES: list[tuple[list[str], list[str]]] = [
         ["router.capacity_factor=1.5", "replay.weights=recorded", "replay.on_missing=raise"],
         [
             f"replay.{name} ({value}) cannot be combined with router.capacity_factor (1.5): capacity would drop replayed "
-            f"slots; set router.capacity_factor null"
+            f"slots; set router.capacity_factor null, or replay.allow_capacity true"
             for name, value in (("weights", "recorded"), ("on_missing", "raise"))
         ],
     ),
     (["replay.weights=recorded", "replay.on_duplicate=raise"], []),
+    (["router.capacity_factor=1.5", "replay.weights=recorded", "replay.allow_capacity=true"], []),
+    (
+        ["replay.allow_capacity=true", "replay.aux_map=off", "replay.renormalize=always"],
+        [
+            "replay.allow_capacity (true) has no effect without router.capacity_factor; set that, or leave allow_capacity at "
+            "false",
+            "replay.aux_map (off) has no effect without losses.aux batch, sequence or global; set that, or leave aux_map at "
+            "losses",
+            "replay.renormalize (always) is what the router does anyway; leave it at router",
+        ],
+    ),
+    (
+        ["replay.renormalize=never"],
+        [
+            "replay.renormalize (never) contradicts router.softmax_order post, whose weights always sum to 1; use "
+            "router.softmax_order pre"
+        ],
+    ),
+    (
+        ["router.top_k=1", "router.softmax_order=pre", "router.renormalize=false", "replay.renormalize=always"],
+        ["replay.renormalize (always) with router.top_k 1 would make every weight 1; leave it at router"],
+    ),
+    (
+        ["experts.weight_format=int8", "experts.backend=grouped_mm", "experts.recompute=h"],
+        [
+            "backend (grouped_mm) cannot run weight_format int8; use backend auto",
+            "recompute (h) has no effect without weight_format input, since quantised experts have no backward; set that, or "
+            "leave recompute at none",
+        ],
+    ),
 ]
 
 RUN_RULES: list[tuple[list[str], list[str]]] = [

@@ -1,0 +1,130 @@
+"""Quantised expert MLPs for rollout and evaluation: forward only, on any device, the numbers of an inference engine.
+
+| format | weights | activations (both GEMMs' inputs) |
+|---|---|---|
+| int8 | symmetric, one scale per output channel | symmetric, one scale per token |
+| fp8_1x128 | e4m3, one scale per 128 inputs of an output channel | e4m3, one scale per token and 128 features |
+
+Precision: scales fp32 (largest magnitude / 127 or / 448), round to nearest even; products and sums fp32. int8
+products are
+exact, and so are their sums up to 1040 inputs; fp8 is emulated by dequantising, which hardware does after every block
+of
+128. The activation and the routing probability stay fp32. Quantised weights are kept until a parameter changes.
+
+n rows of an expert, N rows, D hidden, F width, L local experts, B blocks of 128.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_layer.experts.spec import Layout, Weights
+from moe_layer.ops.glu import glu_forward
+
+FORMATS = ("int8", "fp8_1x128")
+BLOCK = 128
+INT8_MAX = 127.0
+FP8_MAX = 448.0
+
+
+def dequantized(x: Tensor, weight_format: str) -> Tensor:
+    """fp32 values that `x` `[..., C]` has after a trip through the format, scales along the last dimension."""
+    x = x.detach().float()
+    if weight_format == "int8":
+        scale = _scale(x, INT8_MAX)
+        return (x / scale).round().clamp(-INT8_MAX, INT8_MAX) * scale
+    width = x.shape[-1]
+    blocks = torch.nn.functional.pad(x, (0, -width % BLOCK)).unflatten(-1, (-1, BLOCK))
+    scale = _scale(blocks, FP8_MAX)
+    rounded = (blocks / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float() * scale
+    return rounded.flatten(-2)[..., :width]
+
+
+def _scale(x: Tensor, largest: float) -> Tensor:
+    """fp32 `[..., 1]`; 1 where everything is zero."""
+    peak = x.abs().amax(dim=-1, keepdim=True) / largest if x.shape[-1] else x.new_ones(*x.shape[:-1], 1)
+    return torch.where(peak > 0, peak, 1.0)
+
+
+@dataclass
+class QuantizedWeights:
+    """Dequantised weights of one module, made again when its parameters were written to."""
+
+    key: tuple[Any, ...] = ()
+    weights: Weights | None = None
+
+    def of(self, weights: Weights, weight_format: str) -> Weights:
+        """The weights after quantisation, fp32."""
+        tensors = (weights.gate_up, weights.down)
+        key = (weight_format, *((t.data_ptr(), t._version, t.device, tuple(t.shape)) for t in tensors))
+        if self.weights is None or self.key != key:
+            with torch.no_grad():
+                gate_up, down = (dequantized(t, weight_format) for t in tensors)
+            self.key, self.weights = key, Weights(gate_up, down, None, None)
+        return Weights(self.weights.gate_up, self.weights.down, weights.gate_up_bias, weights.down_bias)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedWeights:
+        return QuantizedWeights()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return QuantizedWeights, ()
+
+
+class ForwardOnly(torch.autograd.Function):
+    """The quantised MLP; x and probs are inputs so that a backward through it is noticed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, probs: Tensor | None, run: Any, weight_format: str) -> Tensor:
+        ctx.weight_format = weight_format
+        return run()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise RuntimeError(
+            f"experts.weight_format {ctx.weight_format} has no backward: quantised experts serve rollout and "
+            "evaluation; "
+            "train a copy of the layer with experts.weight_format input"
+        )
+
+
+def forward(
+    layout: Layout,
+    weights: Weights,
+    *,
+    weight_format: str,
+    activation: str,
+    limit: float,
+    alpha: float,
+    cache: QuantizedWeights,
+) -> Tensor:
+    """rows [N, D] in x's dtype, pads and tail zero; reads the row counts on the host."""
+
+    def run() -> Tensor:
+        return _mlp(layout, cache.of(weights, weight_format), weight_format, activation, limit, alpha)
+
+    return ForwardOnly.apply(layout.x, layout.probs, run, weight_format)
+
+
+def _mlp(layout: Layout, weights: Weights, weight_format: str, activation: str, limit: float, alpha: float) -> Tensor:
+    out_ND = layout.x.new_zeros(layout.num_rows, weights.down.shape[1])
+    bounds = torch.stack((layout.offsets[:-1], layout.counts)).tolist()
+    for expert, (start, count) in enumerate(zip(*bounds, strict=True)):
+        if not count:
+            continue
+        rows = slice(start, start + count)
+        x_nD = layout.x[rows] if layout.index is None else layout.x.index_select(0, layout.index[rows])
+        probs_n = None if layout.probs is None else layout.probs[rows].float()
+        h_n2F = dequantized(x_nD, weight_format) @ weights.gate_up[expert].t()
+        if weights.gate_up_bias is not None:
+            h_n2F = h_n2F + weights.gate_up_bias[expert].float()
+        a_nF = glu_forward(h_n2F, probs_n, activation=activation, limit=limit, alpha=alpha)
+        y_nD = dequantized(a_nF, weight_format) @ weights.down[expert].t()
+        if weights.down_bias is not None:
+            bias_D = weights.down_bias[expert].float()
+            y_nD = y_nD + (bias_D if probs_n is None else probs_n.unsqueeze(1) * bias_D)
+        out_ND[rows] = y_nD.to(out_ND.dtype)
+    return out_ND
