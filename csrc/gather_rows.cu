@@ -8,9 +8,9 @@ namespace {
 constexpr int kThreads = 256;
 
 template <typename Vector, typename Index>
-__global__ void __launch_bounds__(kThreads)
-    gather_rows_kernel(const Vector* __restrict__ x, const Index* __restrict__ index_N, Vector* __restrict__ out,
-                       int64_t rows, int64_t source_rows, int64_t per_row) {
+__global__ void __launch_bounds__(kThreads) gather_rows_kernel(
+    const Vector* __restrict__ x, const Index* __restrict__ index_N, Vector* __restrict__ out, int64_t rows,
+    int64_t source_rows, int64_t per_row) {
   const int64_t total = rows * per_row, stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < total; i += stride) {
     const int64_t n = i / per_row, column = i - n * per_row;

@@ -29,7 +29,8 @@ __device__ __forceinline__ float slot_gradient(const Backward& p, int64_t row, i
 
 // Adds the K slots' contributions to `stage` (this row's [E] floats, zeroed). Returns sum(g * p) of "pre" softmax, else 0.
 template <int L>
-__device__ __forceinline__ float stage_slots(const Backward& p, const Row& at, float max, float inverse, float* values, float* stage) {
+__device__ __forceinline__ float stage_slots(
+    const Backward& p, const Row& at, float max, float inverse, float* values, float* stage) {
   const int32_t* ids = p.ids + at.row * p.top_k;
   float* grads = values + p.top_k;
   float top = -INFINITY;
@@ -79,8 +80,8 @@ __device__ __forceinline__ float stage_slots(const Backward& p, const Row& at, f
 }
 
 struct RowSums {
-  float max = 0.0f, inverse = 0.0f, lse = 0.0f;        // softmax over E
-  float score_inverse = 0.0f, score_dot = 0.0f;        // normalised scores over E, and sum(g * score)
+  float max = 0.0f, inverse = 0.0f, lse = 0.0f;  // softmax over E
+  float score_inverse = 0.0f, score_dot = 0.0f;  // normalised scores over E, and sum(g * score)
 };
 
 // Gradient of the normalised scores: the sequence's d_score_sum (the same row for all its tokens) plus d_scores.
@@ -149,7 +150,10 @@ __device__ __forceinline__ void dense_part(
 }
 
 template <int L, int C, bool DENSE>
-__global__ void __launch_bounds__(kThreads, C > 2 ? 1 : DENSE ? 2 : 4) backward_kernel(const __grid_constant__ Backward p) {
+__global__ void __launch_bounds__(
+    kThreads, C > 2   ? 1
+              : DENSE ? 2
+                      : 4) backward_kernel(const __grid_constant__ Backward p) {
   constexpr int kBucket = L * C * 8, kRows = kWarp / L;
   extern __shared__ __align__(16) float shared[];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = lane / L;
@@ -162,7 +166,8 @@ __global__ void __launch_bounds__(kThreads, C > 2 ? 1 : DENSE ? 2 : 4) backward_
   const bool softmax = DENSE && (p.score == kSoftmax || p.d_z.data != nullptr);
   const int64_t tiles = ceil_div<int64_t>(p.tokens, kRows);
 
-  for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kWarps + warp; tile < tiles; tile += static_cast<int64_t>(gridDim.x) * kWarps) {
+  for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kWarps + warp; tile < tiles;
+       tile += static_cast<int64_t>(gridDim.x) * kWarps) {
     at.row = tile * kRows + group;
     at.inside = at.row < p.tokens;
     at.live = at.inside && p.ids[at.row * p.top_k] >= 0;
@@ -199,7 +204,8 @@ __global__ void __launch_bounds__(kThreads, C > 2 ? 1 : DENSE ? 2 : 4) backward_
       } else {
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          if (first + j < p.experts) store_float(p.d_logits, p.logits.kind, at.row * p.experts + first + j, out[8 * c + j]);
+          if (first + j < p.experts)
+            store_float(p.d_logits, p.logits.kind, at.row * p.experts + first + j, out[8 * c + j]);
         }
       }
     }

@@ -20,9 +20,11 @@ __global__ void __launch_bounds__(kGenericThreads) backward_generic_kernel(const
     double max = 0.0, sum = 1.0;
     if (softmax && live) {
       double top = -INFINITY, total = 0.0;
-      for (int e = threadIdx.x; e < p.experts; e += kGenericThreads) top = fmax(top, static_cast<double>(load_as<A>(p.logits, start + e)));
+      for (int e = threadIdx.x; e < p.experts; e += kGenericThreads)
+        top = fmax(top, static_cast<double>(load_as<A>(p.logits, start + e)));
       max = block_max(top);
-      for (int e = threadIdx.x; e < p.experts; e += kGenericThreads) total += exp_as<A>(load_as<A>(p.logits, start + e) - static_cast<A>(max));
+      for (int e = threadIdx.x; e < p.experts; e += kGenericThreads)
+        total += exp_as<A>(load_as<A>(p.logits, start + e) - static_cast<A>(max));
       sum = block_sum(total);
     }
     auto probability = [&](A x) -> A { return exp_as<A>(x - static_cast<A>(max)) / static_cast<A>(sum); };

@@ -24,7 +24,8 @@ constexpr float kBrokenKey = -1e30f;  // what a group's sum counts for a key tha
 constexpr float kPad = -3.0e38f;      // an expert that does not exist: finite, exp and score 0
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr unsigned long long kPoison = 1ull << 63;  // a NaN among the addends of a fixed-point sum; sums stay below 2^62
+constexpr unsigned long long kPoison = 1ull
+                                       << 63;  // a NaN among the addends of a fixed-point sum; sums stay below 2^62
 
 struct FloatArray {
   const void* data;
@@ -291,24 +292,24 @@ struct Forward {
   int64_t tokens;
   int experts, top_k, sequences;
   int score, weight_rule;
-  bool key_is_logit;    // softmax "post" (or plain): the key is the logit (+ bias)
-  bool exact_keys;      // bf16/fp16 logits as keys: the packed key loses nothing
-  bool need_scores;     // scores over all E are used
+  bool key_is_logit;  // softmax "post" (or plain): the key is the logit (+ bias)
+  bool exact_keys;    // bf16/fp16 logits as keys: the packed key loses nothing
+  bool need_scores;   // scores over all E are used
   float scale;
   double scale_wide;
   FloatArray bias;
   int groups, group_topk, group_count, group_size;
-  bool group_chunked;   // groups are runs of 1, 2, 4.. whole chunks, summed in registers
-  int group_shift;      // log2(group_size) then
+  bool group_chunked;  // groups are runs of 1, 2, 4.. whole chunks, summed in registers
+  int group_shift;     // log2(group_size) then
   IntArray replay;
   FloatArray recorded;  // null: live weights everywhere
   const bool* valid;
   IntArray cu_seqlens;
   int aux;
-  bool live_apart;      // the ids that the aux loss counts are not the ids returned
+  bool live_apart;  // the ids that the aux loss counts are not the ids returned
   bool want_z;
   int map_format;
-  void* weights;        // fp32, or fp64 for fp64 logits; likewise scores, score_sum, z_sum
+  void* weights;  // fp32, or fp64 for fp64 logits; likewise scores, score_sum, z_sum
   int32_t* ids;
   int32_t* counts;
   int32_t* aux_counts;
@@ -322,7 +323,7 @@ struct Forward {
   double* z_parts;           // [blocks]
   unsigned* ticket;
   double sum_scale, sum_unscale;
-  int warp_words;            // shared memory of one warp, in 4-byte words
+  int warp_words;  // shared memory of one warp, in 4-byte words
 };
 
 struct Backward {
@@ -334,7 +335,7 @@ struct Backward {
   int64_t tokens;
   int experts, top_k, sequences;
   int score, weight_rule;
-  bool dense;       // something other than the K weights sends a gradient
+  bool dense;  // something other than the K weights sends a gradient
   float scale;
   double scale_wide;
   void* d_logits;

@@ -8,7 +8,8 @@ namespace {
 constexpr int kThreads = 256;
 
 template <typename Out>
-__global__ void __launch_bounds__(kThreads) copy_ids_kernel(const __grid_constant__ IntArray ids, int64_t numel, Out* out) {
+__global__ void __launch_bounds__(kThreads)
+    copy_ids_kernel(const __grid_constant__ IntArray ids, int64_t numel, Out* out) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < numel; i += stride) {
     out[i] = static_cast<Out>(load_int(ids, i));
@@ -52,6 +53,4 @@ void copy_ids(const Tensor& ids_any, Tensor out) {
 }  // namespace
 }  // namespace moe_layer::router
 
-STABLE_TORCH_LIBRARY_IMPL(moe_layer, CUDA, m) {
-  m.impl("copy_ids", TORCH_BOX(&moe_layer::router::copy_ids));
-}
+STABLE_TORCH_LIBRARY_IMPL(moe_layer, CUDA, m) { m.impl("copy_ids", TORCH_BOX(&moe_layer::router::copy_ids)); }

@@ -39,7 +39,8 @@ int float_kind(const Tensor& t, const char* name) {
     case ScalarType::BFloat16: return kBF16;
     case ScalarType::Half: return kF16;
     case ScalarType::Double: return kF64;
-    default: STD_TORCH_CHECK(false, name, " must be a floating tensor, got ", torch::headeronly::toString(t.scalar_type()));
+    default:
+      STD_TORCH_CHECK(false, name, " must be a floating tensor, got ", torch::headeronly::toString(t.scalar_type()));
   }
   return kF32;
 }
@@ -51,7 +52,8 @@ int int_kind(const Tensor& t, const char* name) {
     case ScalarType::Short: return kI16;
     case ScalarType::Int: return kI32;
     case ScalarType::Long: return kI64;
-    default: STD_TORCH_CHECK(false, name, " must be an integer tensor, got ", torch::headeronly::toString(t.scalar_type()));
+    default:
+      STD_TORCH_CHECK(false, name, " must be an integer tensor, got ", torch::headeronly::toString(t.scalar_type()));
   }
   return kI32;
 }
@@ -64,7 +66,8 @@ std::optional<Tensor> dense(const std::optional<Tensor>& t) {
 void check_shape(const Tensor& t, const char* name, const Tensor& logits, std::initializer_list<int64_t> sizes) {
   STD_TORCH_CHECK(t.is_cuda(), name, " must be a CUDA tensor; move it with .cuda()");
   check_same_device(t, name, logits);
-  STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(sizes.size()), name, " must have ", sizes.size(), " dimensions, got ", t.dim());
+  STD_TORCH_CHECK(
+      t.dim() == static_cast<int64_t>(sizes.size()), name, " must have ", sizes.size(), " dimensions, got ", t.dim());
   int64_t axis = 0;
   for (const int64_t size : sizes) check_size(t, name, axis++, size);
 }
@@ -112,7 +115,8 @@ void set_groups(Forward& p, int64_t num_groups, int64_t group_topk, const std::s
   STD_TORCH_CHECK(p.experts % num_groups == 0, "num_groups ", num_groups, " must divide the ", p.experts, " experts");
   p.group_size = p.experts / p.groups;
   p.group_count = choice(rule, "group_rule", {"sum_top2", "sum_topk_per_group"}) == 0 ? 2 : p.top_k / p.group_topk;
-  STD_TORCH_CHECK(p.group_count <= p.group_size, "a group of ", p.group_size, " experts has no ", p.group_count, " best ones");
+  STD_TORCH_CHECK(
+      p.group_count <= p.group_size, "a group of ", p.group_size, " experts has no ", p.group_count, " best ones");
   STD_TORCH_CHECK(p.top_k <= p.group_topk * p.group_size, "top_k exceeds the experts of group_topk groups");
   p.group_shift = log2_exact(p.group_size);
   p.group_chunked = p.group_shift >= 3 && p.group_size / 8 <= lanes_for(p.experts) && p.group_count <= 2;
@@ -159,7 +163,8 @@ Outputs route_topk(
 
   Forward p = {};
   p.logits = {logits.const_data_ptr(), float_kind(logits, "logits")};
-  p.tokens = T, p.experts = static_cast<int>(E), p.top_k = static_cast<int>(top_k), p.sequences = to_int32(S, "sequences");
+  p.tokens = T, p.experts = static_cast<int>(E), p.top_k = static_cast<int>(top_k),
+  p.sequences = to_int32(S, "sequences");
   p.score = choice(score_function, "score_function", {"softmax", "sigmoid", "sqrtsoftplus"});
   const bool pre = choice(softmax_order, "softmax_order", {"pre", "post"}) == 0;
   p.weight_rule = weight_rule(p.score, pre, renormalize, top_k);
@@ -193,7 +198,8 @@ Outputs route_topk(
   Tensor score_sum = p.aux == kNoAux ? new_empty(logits, {0}, wide) : new_empty(logits, {S, E}, wide);
   Tensor z_sum = new_empty(logits, {want_z ? 1 : 0}, wide);
   Tensor events = new_empty(logits, {8}, ScalarType::Int);
-  Tensor probs = want_probs ? new_empty(logits, {T, E}, logits.scalar_type()) : new_empty(logits, {0}, logits.scalar_type());
+  Tensor probs =
+      want_probs ? new_empty(logits, {T, E}, logits.scalar_type()) : new_empty(logits, {0}, logits.scalar_type());
   Tensor scores = want_scores ? new_empty(logits, {T, E}, wide) : new_empty(logits, {0}, wide);
   const ScalarType map_type = p.map_format == kBitmap ? ScalarType::Byte : ScalarType::Bool;
   Tensor map = p.map_format == kNoMap    ? new_empty(logits, {0}, map_type)
@@ -277,7 +283,8 @@ Tensor route_topk_bwd(
   Backward p = {};
   p.logits = {logits.const_data_ptr(), float_kind(logits, "logits")};
   p.d_weights = float_array(d_weights, "d_weights"), p.d_score_sum = float_array(d_score_sum, "d_score_sum");
-  p.d_z = float_array(d_z, "d_z"), p.d_probs = float_array(d_probs, "d_probs"), p.d_scores = float_array(d_scores, "d_scores");
+  p.d_z = float_array(d_z, "d_z"), p.d_probs = float_array(d_probs, "d_probs"),
+  p.d_scores = float_array(d_scores, "d_scores");
   p.ids = static_cast<const int32_t*>(ids.const_data_ptr());
   const bool recorded = choice(weights_mode, "weights_mode", {"live", "recorded", "straight_through"}) == 1;
   p.replay = recorded ? int_array(replay_ids, "replay_ids") : IntArray{nullptr, kI32};

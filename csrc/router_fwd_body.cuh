@@ -1,14 +1,15 @@
 // The body of the forward kernel and its launch: see router_fwd_kernel.cuh for the parts.
 #pragma once
 
-#include "router_fwd_kernel.cuh"
+#include "router_fwd_outputs.cuh"
 
 namespace moe_layer::router {
 
 // Live selection of this lane's row into m.live (and the live unbiased ids into the aux histogram, if they are another set).
 template <int L, int C, bool KEYED>
 __device__ __forceinline__ void select_live(
-    const Forward& p, const Place& at, uint32_t (&v)[C * 8], const RowStats& s, const float* bias, const WarpMemory& m) {
+    const Forward& p, const Place& at, uint32_t (&v)[C * 8], const RowStats& s, const float* bias,
+    const WarpMemory& m) {
   int* live = m.live + at.group * p.top_k;
   const bool check = KEYED || !p.exact_keys;
   const bool near = select_packed<L, C>(v, p.top_k, p.experts, check, true, at.gl, live);
@@ -18,7 +19,8 @@ __device__ __forceinline__ void select_live(
 
 // The set that the aux loss counts when bias, groups or replay make it another one than the ids returned.
 template <int L, int C>
-__device__ __forceinline__ void select_unbiased(const Forward& p, const Place& at, const RowStats& s, const WarpMemory& m, int* ids) {
+__device__ __forceinline__ void select_unbiased(
+    const Forward& p, const Place& at, const RowStats& s, const WarpMemory& m, int* ids) {
   float x[C * 8];
   load_row<L, C>(p.logits, p.vector, at.row, at.live, p.experts, at.gl, kPad, x);
   uint32_t v[C * 8];
@@ -59,7 +61,8 @@ __global__ void __launch_bounds__(THREADS, 1) forward_kernel(const __grid_consta
     const int64_t last_row = end * Lay::kRows < p.tokens ? end * Lay::kRows : p.tokens;
     block_sequence = sequence_of(p.cu_seqlens, p.sequences, begin * Lay::kRows);
     // -1 at both ends may have whole sequences in between
-    if (block_sequence < 0 || sequence_of(p.cu_seqlens, p.sequences, last_row - 1) != block_sequence) block_sequence = kMixed;
+    if (block_sequence < 0 || sequence_of(p.cu_seqlens, p.sequences, last_row - 1) != block_sequence)
+      block_sequence = kMixed;
     if (block_sequence == kMixed) wait_for_zeros();
   }
   __syncthreads();
@@ -94,7 +97,8 @@ __global__ void __launch_bounds__(THREADS, 1) forward_kernel(const __grid_consta
 #pragma unroll
       for (int i = 0; i < C * 8; ++i) {
         nan |= x[i] != x[i];
-        if (row_bad && Lay::expert(i, at.gl) >= p.experts) x[i] = -INFINITY;  // or a row of -inf would have a finite maximum
+        if (row_bad && Lay::expert(i, at.gl) >= p.experts)
+          x[i] = -INFINITY;  // or a row of -inf would have a finite maximum
       }
       row_nan = row_or<L>(nan ? 1u : 0u) != 0;
     }

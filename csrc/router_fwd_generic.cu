@@ -96,7 +96,8 @@ __device__ void sort_row(const RowMemory& m, int n2) {
 
 // Fills m.order with the row's experts, best first. `keyed` false: by logit, without groups.
 template <typename A>
-__device__ void order_row(const Forward& p, int64_t start, int n2, bool keyed, const Softmax& finite, const RowMemory& m) {
+__device__ void order_row(
+    const Forward& p, int64_t start, int n2, bool keyed, const Softmax& finite, const RowMemory& m) {
   __syncthreads();
   for (int e = threadIdx.x; e < n2; e += kGenericThreads) {
     m.order[e] = static_cast<uint16_t>(e) | (e < p.experts ? 0 : kNone);
@@ -105,7 +106,8 @@ __device__ void order_row(const Forward& p, int64_t start, int n2, bool keyed, c
     const A x = load_as<A>(p.logits, start + e);
     A key = x;
     if (keyed && !p.key_is_logit) {
-      key = p.score == kSoftmax ? exp_as<A>(x - static_cast<A>(finite.max)) / static_cast<A>(finite.sum) : score_of(x, p.score);
+      key = p.score == kSoftmax ? exp_as<A>(x - static_cast<A>(finite.max)) / static_cast<A>(finite.sum)
+                                : score_of(x, p.score);
     }
     if (keyed && p.bias.data != nullptr) key += load_as<A>(p.bias, e);
     if (is_finite(x) && is_finite(key)) m.key[e] = ordered(static_cast<double>(key));
@@ -184,7 +186,8 @@ __device__ void write_row(const Forward& p, int64_t row, bool live, const Softma
     if (live) {
       const int id = p.ids[slots + s];
       w = raw(s) / divisor * static_cast<A>(p.scale_wide);
-      if (p.recorded.data != nullptr && load_id(p.replay, slots + s, p.experts) == id) w = load_as<A>(p.recorded, slots + s);
+      if (p.recorded.data != nullptr && load_id(p.replay, slots + s, p.experts) == id)
+        w = load_as<A>(p.recorded, slots + s);
       if (p.probs != nullptr) store_as<A>(p.probs, p.logits.kind, start + id, w);
       if (p.map_format == kBytemap) p.map[start + id] = 1;
       atomicAdd(&p.counts[id], 1);
@@ -201,7 +204,8 @@ __device__ void write_scores(const Forward& p, int64_t row, bool live, int seque
   const int64_t start = row * p.experts;
   double total = 0.0;
   if (p.score != kSoftmax) {
-    for (int e = threadIdx.x; e < p.experts; e += kGenericThreads) total += score_of(load_as<A>(p.logits, start + e), p.score);
+    for (int e = threadIdx.x; e < p.experts; e += kGenericThreads)
+      total += score_of(load_as<A>(p.logits, start + e), p.score);
     total = block_sum(total) + 1e-20;
   }
   for (int e = threadIdx.x; e < p.experts; e += kGenericThreads) {
@@ -276,7 +280,8 @@ __global__ void __launch_bounds__(kGenericThreads) forward_generic_kernel(const 
         for (int s = threadIdx.x; s < p.top_k; s += kGenericThreads) p.ids[row * p.top_k + s] = m.order[s];
         __syncthreads();
       }
-      for (int s = threadIdx.x; p.aux != kNoAux && !p.live_apart && sequence >= 0 && s < p.top_k; s += kGenericThreads) {
+      for (int s = threadIdx.x; p.aux != kNoAux && !p.live_apart && sequence >= 0 && s < p.top_k;
+           s += kGenericThreads) {
         atomicAdd(&p.aux_counts[static_cast<int64_t>(sequence) * p.experts + p.ids[row * p.top_k + s]], 1);
       }
     }

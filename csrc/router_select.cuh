@@ -146,8 +146,8 @@ __device__ __forceinline__ void group_sums_scanned(
 
 // Bit i: expert i of this lane stands in one of the row's best groups. A key that is not usable (finite) counts kBrokenKey.
 template <int L, int C>
-__device__ __forceinline__ uint32_t allowed_by_groups(
-    const Forward& p, const float (&key)[C * 8], uint32_t usable, int gl, const GroupMemory& memory) {
+__device__ __forceinline__ uint32_t
+allowed_by_groups(const Forward& p, const float (&key)[C * 8], uint32_t usable, int gl, const GroupMemory& memory) {
   if (p.group_chunked) {
     group_sums_chunked<L, C>(p, key, usable, gl, memory.total);
   } else {
@@ -197,7 +197,8 @@ __device__ __forceinline__ int slot_state(const int* wanted, int slot, int num_e
 // Fills the slots of `missing` (a bit a slot, K <= 32) with the best live experts that the replayed slots do not hold. The live
 // list has K experts and at most K - missing of them are held, so there are always enough. All lanes of the row call it.
 template <int L>
-__device__ __forceinline__ void fill_slots(const int* wanted, const int* live, uint32_t missing, int top_k, int gl, int* ids) {
+__device__ __forceinline__ void fill_slots(
+    const int* wanted, const int* live, uint32_t missing, int top_k, int gl, int* ids) {
   uint32_t free_mask = 0;
   for (int c = gl; c < top_k; c += L) {
     bool held = false;

@@ -83,9 +83,9 @@ __global__ void __launch_bounds__(kThreads) place_slots_kernel(SortArgs args) {
   extern __shared__ int32_t shared[];
   __shared__ int warp_sum[kWarp];
   const int L = args.experts;
-  int32_t* total_L = shared;             // rows of each expert, then its first row
-  int32_t* before_L = total_L + L + 1;   // slots of this expert in earlier pieces
-  int32_t* next_WL = before_L + L;       // per warp: counts, then the next row of each expert
+  int32_t* total_L = shared;            // rows of each expert, then its first row
+  int32_t* before_L = total_L + L + 1;  // slots of this expert in earlier pieces
+  int32_t* next_WL = before_L + L;      // per warp: counts, then the next row of each expert
   for (int e = threadIdx.x; e <= L; e += kThreads) total_L[e] = 0;
   for (int e = threadIdx.x; e < L; e += kThreads) before_L[e] = 0;
   for (int i = threadIdx.x; i < args.warps * L; i += kThreads) next_WL[i] = 0;
@@ -189,8 +189,7 @@ __global__ void __launch_bounds__(kThreads) place_slots_kernel(SortArgs args) {
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Outputs sort_slots(
-    const Tensor& ids_in, int64_t first_expert, int64_t num_local, int64_t alignment, int64_t num_rows) {
+Outputs sort_slots(const Tensor& ids_in, int64_t first_expert, int64_t num_local, int64_t alignment, int64_t num_rows) {
   const Tensor ids = torch::stable::contiguous(ids_in);
   check_tensor(ids, "ids", ScalarType::Int, 2);
   STD_TORCH_CHECK(num_local >= 1 && num_local <= 8192, "num_local must lie in [1, 8192], got ", num_local);
@@ -213,10 +212,23 @@ Outputs sort_slots(
   const int64_t segment = round_up<int64_t>(ceil_div<int64_t>(ceil_div<int64_t>(P, blocks), warps), kWarp);
   Tensor piece_counts = new_empty(ids, {blocks, L}, i32);
   const SortArgs args{
-      in_ptr<int32_t>(ids), P, to_int32(K > 0 ? K : 1, "K"), to_int32(first_expert, "first_expert"), to_int32(L, "num_local"),
-      to_int32(alignment, "alignment"), num_rows, segment * warps, segment, to_int32(warps, "warps"),
-      out_ptr<int32_t>(piece_counts), out_ptr<int32_t>(slot_N), out_ptr<int32_t>(token_N), out_ptr<int32_t>(index_N),
-      out_ptr<int32_t>(row_CK), out_ptr<int32_t>(offsets), out_ptr<int32_t>(counts)};
+      in_ptr<int32_t>(ids),
+      P,
+      to_int32(K > 0 ? K : 1, "K"),
+      to_int32(first_expert, "first_expert"),
+      to_int32(L, "num_local"),
+      to_int32(alignment, "alignment"),
+      num_rows,
+      segment * warps,
+      segment,
+      to_int32(warps, "warps"),
+      out_ptr<int32_t>(piece_counts),
+      out_ptr<int32_t>(slot_N),
+      out_ptr<int32_t>(token_N),
+      out_ptr<int32_t>(index_N),
+      out_ptr<int32_t>(row_CK),
+      out_ptr<int32_t>(offsets),
+      out_ptr<int32_t>(counts)};
   const cudaStream_t stream = current_stream(ids);
   count_pieces_kernel<<<static_cast<int>(blocks), kThreads, L * sizeof(int32_t), stream>>>(args);
   MOE_LAUNCH_CHECK();

@@ -135,7 +135,8 @@ __global__ void tree_reduce_kernel(TreeArgs args) {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         if (first + i < count) {
-          ahead[i] = *reinterpret_cast<const Pack<T, V>*>(rows + static_cast<int64_t>(row_K[first + i]) * args.hidden + d);
+          ahead[i] =
+              *reinterpret_cast<const Pack<T, V>*>(rows + static_cast<int64_t>(row_K[first + i]) * args.hidden + d);
         }
       }
 #pragma unroll
@@ -159,7 +160,8 @@ __global__ void tree_reduce_kernel(TreeArgs args) {
       if (args.round_to_rows) sum[j] = to_float(from_float<T>(sum[j]));
     }
     if (args.add_MD != nullptr) {
-      const auto add = *reinterpret_cast<const Pack<TOut, V>*>(static_cast<const TOut*>(args.add_MD) + m * args.hidden + d);
+      const auto add =
+          *reinterpret_cast<const Pack<TOut, V>*>(static_cast<const TOut*>(args.add_MD) + m * args.hidden + d);
 #pragma unroll
       for (int j = 0; j < V; ++j) sum[j] = __fadd_rn(sum[j], to_float(add.v[j]));
     }
