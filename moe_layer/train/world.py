@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -159,16 +160,18 @@ def _process_group(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _deterministic(device: torch.device) -> Iterator[None]:
-    """On CUDA: torch's deterministic kernels (attention's backward adds atomically otherwise, and resume is not bit-exact)."""
+    """On CUDA: torch's deterministic kernels (attention's backward adds atomically otherwise, and resume is not
+    bit-exact)."""
     if device.type != "cuda":
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS insists on it under this mode
-    was, fills = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    debug: Any = torch.utils.deterministic  # a module whose attribute is a property
+    was, fills = torch.are_deterministic_algorithms_enabled(), debug.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over every buffer
+    debug.fill_uninitialized_memory = False  # a debugging aid that costs a pass over every buffer
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(was)
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        debug.fill_uninitialized_memory = fills

@@ -3,8 +3,9 @@
 
     python scripts/bench/layer_gpu.py --out docs/benchmarks/layer_h200.jsonl
 
-One JSON line a shape: medians of ours eager and in a CUDA graph, of the same layer over torch's grouped GEMM, the run's own sum of
-the six GEMMs and "six GEMMs + two combines at copy speed", host microseconds, launches, saved bytes, peak memory.
+One JSON line a shape: medians of ours eager and in a CUDA graph, of the same layer over torch's grouped GEMM, the run's
+own sum of the six GEMMs and "six GEMMs + two combines at copy speed", host microseconds, launches, saved bytes, peak
+memory.
 """
 
 from __future__ import annotations
@@ -226,7 +227,11 @@ def main() -> None:
         torch.cuda.reset_peak_memory_stats()
         row = {**about, **measure(name, arguments, bandwidth)}
         shown = ("shape", "ms", "six_gemms_plus_combines_ms", "not_quack_us", "launches", "host_us", "first_step_s")
-        print({key: row[key] for key in shown}, f"saved/allowed {row['saved_bytes'] / row['saved_bytes_allowed']:.3f}", flush=True)
+        print(
+            {key: row[key] for key in shown},
+            f"saved/allowed {row['saved_bytes'] / row['saved_bytes_allowed']:.3f}",
+            flush=True,
+        )
         if arguments.out is not None:
             with arguments.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")

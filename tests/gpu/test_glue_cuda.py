@@ -27,7 +27,8 @@ def random_ids(tokens, slots, experts, *, absent=0.0, skew=False):
 
 SORTS = [
     (0, 2, 8, 1, 0.0), (1, 1, 1, 1, 0.0), (37, 3, 8, 1, 0.2), (37, 3, 8, 16, 0.2), (500, 8, 128, 128, 0.0),
-    (4096, 8, 128, 1, 0.1), (5000, 10, 512, 1, 0.0), (3000, 16, 256, 8, 0.5), (64, 4, 8192, 1, 0.0), (20000, 8, 6, 1, 0.0),
+    (4096, 8, 128, 1, 0.1), (5000, 10, 512, 1, 0.0), (3000, 16, 256, 8, 0.5), (64, 4, 8192, 1, 0.0),
+    (20000, 8, 6, 1, 0.0),
 ]  # fmt: skip
 
 
@@ -52,7 +53,8 @@ def test_sort_slots_of_a_middle_rank():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("tokens", "slots", "experts", "hidden"), [
-    (0, 2, 8, 16), (33, 1, 8, 16), (50, 3, 8, 7), (64, 8, 128, 2048), (40, 8, 256, 7168), (31, 10, 512, 512), (20, 16, 12, 64),
+    (0, 2, 8, 16), (33, 1, 8, 16), (50, 3, 8, 7), (64, 8, 128, 2048), (40, 8, 256, 7168), (31, 10, 512, 512),
+    (20, 16, 12, 64),
     (20, 40, 64, 24),
 ])  # fmt: skip
 def test_tree_reduce(tokens, slots, experts, hidden, dtype):
@@ -63,7 +65,12 @@ def test_tree_reduce(tokens, slots, experts, hidden, dtype):
     row_MK = torch.randperm(tokens * slots).view(tokens, slots).int()
     row_MK = torch.where(ids < 0, -1, row_MK)
     weights, add = torch.rand(tokens, slots), torch.randn(tokens, hidden).to(dtype)
-    for extra in ({}, {"weights_MK": weights}, {"add_MD": add, "round_to_rows": True, "like_rows": True}, {"add_MD": add}):
+    for extra in (
+        {},
+        {"weights_MK": weights},
+        {"add_MD": add, "round_to_rows": True, "like_rows": True},
+        {"add_MD": add},
+    ):
         common = {"num_experts": experts, "blocks": reduction_blocks(experts)}
         moved = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in extra.items()}
         want = tree_reduce(rows, row_MK, ids_MK=ids, **common, **extra)

@@ -1,4 +1,4 @@
-"""The layer on a GPU: errors against fp64, same bits twice, no host synchronisation, CUDA graphs with other routings."""
+"""The layer on a GPU: errors against fp64, same bits twice, no host synchronisation, CUDA graphs, other routings."""
 
 from __future__ import annotations
 
