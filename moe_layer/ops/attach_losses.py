@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_layer.ops._call import call_plain
+
 
 @torch.library.custom_op(
     "moe_layer::attach_losses",
@@ -66,7 +68,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
     for counter, counts in ctx.counters:
         if counter is not None and counts is not None:
-            torch.ops.moe_layer.add_counts_(counter, counts)
+            call_plain(torch.ops.moe_layer.add_counts_, counter, counts)
     d_losses = None
     if ctx.needs_input_grad[1]:
         shape, dtype = ctx.losses_like
@@ -82,7 +84,7 @@ class _EagerDoor(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = torch.ops.moe_layer.attach_losses(*inputs)
+        output = call_plain(torch.ops.moe_layer.attach_losses, *inputs)
         _setup_context(ctx, inputs, output)
         return output
 

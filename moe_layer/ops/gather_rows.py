@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_layer.ops._call import call_plain
+
 
 def gather_rows(x_CD: Tensor, index_N: Tensor) -> Tensor:
     """Args: `[C, D]` of any dtype; int32 or int64 `[N]` in `[-1, C)`. Returns `[N, D]`."""
-    return torch.ops.moe_layer.gather_rows(x_CD, index_N)
+    return call_plain(torch.ops.moe_layer.gather_rows, x_CD, index_N)
 
 
 @torch.library.custom_op("moe_layer::gather_rows", mutates_args=())

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_layer.ops._call import call_plain
+
 
 class SlotOrder(NamedTuple):
     """slot_N: flat slot `c*K + k` of each row, -1 for pads and the tail; row_CK: its inverse, -1 where the slot is
@@ -37,7 +39,7 @@ def sort_slots(ids_CK: Tensor, *, first_expert: int, num_local: int, alignment: 
         alignment: every expert's rows are padded to a multiple of this.
         num_rows: N, at least the padded total; rows past `offsets_L1[-1]` belong to nobody.
     """
-    return SlotOrder(*torch.ops.moe_layer.sort_slots(ids_CK, first_expert, num_local, alignment, num_rows))
+    return SlotOrder(*call_plain(torch.ops.moe_layer.sort_slots, ids_CK, first_expert, num_local, alignment, num_rows))
 
 
 @torch.library.custom_op("moe_layer::sort_slots", mutates_args=())
