@@ -12,6 +12,8 @@ cd "$ROOT"
 bash scripts/setup.sh || exit 1
 PYTHON="$(sed -n 2p .stamp)"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+# nproc answers OMP_NUM_THREADS when that is set, so it is asked first, and without it.
+cores="$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)"
 # Two pytest workers with a thread pool each are slower than with one thread each on two cores, and gloo workers likewise.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
@@ -23,7 +25,7 @@ if [ $# -gt 0 ]; then
     exec "$PYTHON" -m pytest "$@"
 fi
 
-workers="${TEST_WORKERS:-$(($(nproc) < 4 ? $(nproc) : 4))}"
+workers="${TEST_WORKERS:-$((cores < 4 ? cores : 4))}"
 parallel=()
 if [ "$workers" -gt 1 ] && "$PYTHON" -c 'import xdist' 2>/dev/null; then parallel=(-n "$workers" --dist worksteal); fi
 
