@@ -74,7 +74,7 @@ def estimate_memory(config: TrainConfig, model: nn.Module, *, vocab: int, cpu: b
 def _experts_temporary(config: TrainConfig, tokens: int, b: int, *, cpu: bool) -> int:
     """Backward of one layer's activation in PyTorch: about ten fp32 tensors of width F per slot, beside d(output).
 
-    Measured on an H200 without our kernels: 2,688 MiB at T 32768, K 4, D 1024, F 512. The CPU loop holds one expert's rows.
+    Measured on an H200 without our kernels: 2,688 MiB at T 32768, K 4, D 1024, F 512. CPU holds one expert's rows.
     """
     moe = config.moe
     slots = tokens * moe.router.top_k // (moe.router.num_experts if cpu else 1)
