@@ -17,9 +17,11 @@ from moe_layer.config import MoEConfig, load_config
 from moe_layer.dispatch import Dispatcher, make_dispatcher
 from moe_layer.errors import ConfigError, RoutingError
 from moe_layer.experts import Experts
+from moe_layer.experts.parameters import local_part
 from moe_layer.experts.shared import SharedExpert
 from moe_layer.ops.fan_out import fan_out
 from moe_layer.ops.kernels import note_first_cuda_use, require_kernels
+from moe_layer.parallel.compat import broadcast
 from moe_layer.replay.decision import as_decision
 from moe_layer.router import Router
 from moe_layer.types import Routing, RoutingDecision
@@ -74,23 +76,36 @@ class MoELayer(nn.Module):
         return cls(load_config(path, dotted, kind=MoEConfig), device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
-        """Initialise every parameter: normal with `experts.init_std`, biases zero."""
+        """Initialise every parameter: normal with `experts.init_std`, biases zero.
+
+        After `parallelize` (of a model built on a meta device) this is a collective call: the first rank's generator
+        decides, and every rank gets its own experts' share of what one process would draw.
+        """
         if self.router.weight.is_meta:
             return
+        context = self.router.context
+        group = None if context is None else context.data_group
+        held = local_part(self.experts.gate_up_proj).shape[0]
         self.router.reset_parameters()
-        self.experts.reset_parameters()
+        self.experts.reset_parameters(first_expert=0 if context is None else context.ep_rank * held, group=group)
         if self.shared_expert is not None:
             self.shared_expert.reset_parameters(self.config.experts.init_std)
         if self.shared_expert_gate is not None:
             nn.init.normal_(self.shared_expert_gate.weight, std=self.config.experts.init_std)
+        if group is not None:
+            for part in (self.router, self.shared_expert, self.shared_expert_gate):
+                for parameter in () if part is None else part.parameters():
+                    broadcast(parameter.detach(), group=group)
 
     def bind(self, context: ParallelContext | None, *, layer_index: int = 0) -> None:
         """Attach the process groups (None: one rank); `moe_layer.parallelize` calls this on every layer."""
         cfg = self.config
         self.layer_index = layer_index
         self.router.context = context
-        dispatch = cfg.dispatch
-        if dispatch.rows == "auto" and dispatch.alignment == 1 and (context is None or context.ep_size == 1):
+        dispatch, one_rank = cfg.dispatch, context is None or context.ep_size == 1
+        if cfg.router.pad_to_capacity and not one_rank:
+            raise ConfigError("router.pad_to_capacity serves one rank; set it to false or parallel.ep to 1")
+        if dispatch.rows == "auto" and dispatch.alignment == 1 and one_rank and not cfg.router.pad_to_capacity:
             dispatch = dataclasses.replace(dispatch, rows="compact")  # our experts gather x themselves
         self.dispatcher = make_dispatcher(
             dispatch,

@@ -165,6 +165,24 @@ def moe(c: model.MoEConfig) -> Problems:
             c.balance, ("bias_update_rate", "zero_mean"), "router.expert_bias true", prefix="balance."
         )
     yield from _replay(c)
+    yield from _padded(c)
+
+
+def _padded(c: model.MoEConfig) -> Problems:
+    """Drop-and-pad fixes every expert's rows itself."""
+    if not c.router.pad_to_capacity:
+        return
+    d = c.dispatch
+    for key, value, wanted in (
+        ("rows", d.rows, ("auto", "expert_major")),
+        ("alignment", d.alignment, (1,)),
+        ("capacity", d.capacity, ("dropless",)),
+    ):
+        if value not in wanted:
+            yield (
+                f"dispatch.{key} ({value}) contradicts router.pad_to_capacity, which gives every expert capacity rows; "
+                f"set it to {wanted[-1]}"
+            )
 
 
 def _replay(c: model.MoEConfig) -> Problems:

@@ -15,7 +15,7 @@ from moe_layer.dispatch.arrange import GatherProbs, arrange
 from moe_layer.dispatch.base import finish, padded_rows, round_to_wire, wire_dtype
 from moe_layer.dispatch.plan import make_plan
 from moe_layer.ops.gather_rows import gather_rows
-from moe_layer.ops.sort_slots import SlotOrder, sort_slots
+from moe_layer.ops.sort_slots import SlotOrder, pad_to_capacity, sort_slots
 from moe_layer.ops.tree_reduce import reduction_blocks, tree_reduce
 from moe_layer.types import DispatchPlan, GradientLink, Received, Routing
 
@@ -48,9 +48,12 @@ class LocalDispatcher:
     def dispatch(self, x_TD: Tensor, routing: Routing, plan: DispatchPlan | None = None) -> Received:
         plan = self.prepare(routing.ids_TK) if plan is None else plan
         order, ids_TK, dropped_TR = self._order(plan.ids_TK)
+        if routing.capacity is not None:
+            order = pad_to_capacity(order, ids_TK, num_local=self.num_experts, capacity=routing.capacity)
         probs_N = GatherProbs.apply(routing.weights_TK, order.slot_N, order.row_CK)
         in_activation = self.config.apply_probs == "activation"
-        linked = in_activation and self.config.alignment == 1 and not torch.compiler.is_compiling()
+        has_pads = self.config.alignment > 1 or routing.capacity is not None
+        linked = in_activation and not has_pads and not torch.compiler.is_compiling()
         return Received(
             rows=x_TD if self.compact else self._expand(x_TD, order.token_N, order.row_CK, ids_TK),
             index_N=order.index_N if self.compact else None,

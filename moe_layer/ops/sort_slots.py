@@ -42,6 +42,25 @@ def sort_slots(ids_CK: Tensor, *, first_expert: int, num_local: int, alignment: 
     return SlotOrder(*call_plain(torch.ops.moe_layer.sort_slots, ids_CK, first_expert, num_local, alignment, num_rows))
 
 
+def pad_to_capacity(order: SlotOrder, ids_CK: Tensor, *, num_local: int, capacity: int) -> SlotOrder:
+    """The same order with exactly `capacity` rows an expert (drop and pad): row = expert * capacity + rank in the expert.
+
+    Args:
+        order: of `ids_CK`, with first_expert 0 and alignment 1, no expert above `capacity`.
+    """
+    first_L1 = torch.arange(num_local + 1, dtype=torch.int32, device=ids_CK.device) * capacity
+    shift_L = (first_L1 - order.offsets_L1)[:-1]
+    present_CK = order.row_CK >= 0
+    shift_CK = shift_L.index_select(0, torch.where(present_CK, ids_CK, 0).flatten()).view(ids_CK.shape)
+    row_CK = torch.where(present_CK, order.row_CK + shift_CK, -1)
+    num_rows = num_local * capacity
+    slot_P = torch.arange(row_CK.numel(), dtype=torch.int32, device=ids_CK.device)
+    target_P = torch.where(row_CK >= 0, row_CK, num_rows).flatten().long()
+    slot_N = torch.full((num_rows + 1,), -1, dtype=torch.int32, device=ids_CK.device).scatter_(0, target_P, slot_P)[:-1]
+    index_N = slot_N.clamp_min(0) // max(ids_CK.shape[1], 1)
+    return SlotOrder(slot_N, row_CK, first_L1, order.counts_L, torch.where(slot_N >= 0, index_N, -1), index_N)
+
+
 @torch.library.custom_op("moe_layer::sort_slots", mutates_args=())
 def _sort_slots(
     ids: Tensor, first_expert: int, num_local: int, alignment: int, num_rows: int

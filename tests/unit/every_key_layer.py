@@ -167,6 +167,7 @@ LAYER_CASES = (
     Case("moe.router.gate_dtype", "input", numbers_bf16),
     Case("moe.router.jitter_eps", "0.2", numbers),
     Case("moe.router.capacity_factor", "0.5", numbers),
+    Case("moe.router.pad_to_capacity", "true", received, ("router.capacity_factor=1.5",)),
     Case("moe.router.capacity_policy", "position", numbers, ("router.capacity_factor=0.5",)),
     Case("moe.router.force_uniform", "true", numbers),
     Case("moe.router.nonfinite", "raise", with_nan, raises="rows have NaN or infinite router logits"),

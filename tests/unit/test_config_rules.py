@@ -107,6 +107,13 @@ LAYER_RULES: list[tuple[list[str], list[str]]] = [
     ),
     (["router.pad_to_capacity=true", "router.capacity_factor=1.25", "router.capacity_policy=position"], []),
     (
+        ["router.pad_to_capacity=true", "router.capacity_factor=1.25", "dispatch.alignment=16"],
+        [
+            "dispatch.alignment (16) contradicts router.pad_to_capacity, which gives every expert capacity rows; "
+            "set it to 1"
+        ],
+    ),
+    (
         ["experts.clamp_limit=5", "experts.clamp_alpha=2"],
         [
             "clamp_limit (5.0) has no effect without activation swiglu_clamped; set that, or leave clamp_limit at 7.0",

@@ -316,6 +316,22 @@ def test_amp_leaves_the_router_in_fp32():
     assert y.dtype in (torch.float32, torch.bfloat16)
 
 
+@pytest.mark.parametrize("backend", ["reference", "grouped_mm"])
+def test_drop_and_pad_gives_every_expert_capacity_rows_and_changes_no_value(backend):
+    experts = ExpertsConfig(intermediate_size=F, init_std=0.3, backend=backend)
+    layers = []
+    for pad in (False, True):
+        router = RouterConfig(num_experts=E, top_k=K, capacity_factor=1.0, pad_to_capacity=pad)
+        layers.append(make_layer(make_config(router=router, experts=experts), dtype=torch.float32))
+    x, upstream = torch.randn(19, D, requires_grad=True), torch.randn(19, D)
+    received = layers[1].dispatcher.dispatch(x, layers[1].router(x))
+    capacity = -(-19 * K // E)
+    assert received.offsets_L1.tolist() == [capacity * e for e in range(E + 1)]
+    assert not received.rows[received.src_N3[:, 0] < 0].any()
+    for a, b in zip(*(gradients(layer, x, layer, upstream) for layer in layers), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 BAD = {
     "hidden": (lambda: {"x": torch.zeros(3, D + 1)}, r"x must be \[\.\.\., 16\] \(hidden_size\), got \(3, 17\)"),
     "int": (lambda: {"x": torch.zeros(3, D, dtype=torch.int64)}, "x must be floating, got torch.int64"),
