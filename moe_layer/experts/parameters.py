@@ -5,7 +5,7 @@ N rows, N_c compact rows, D hidden, F expert width, L local experts.
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from moe_layer.experts import quantized
 from moe_layer.experts.autograd import experts_mlp
 from moe_layer.experts.backend import resolve
 from moe_layer.experts.spec import ExpertsSpec, Layout, Weights
+from moe_layer.parallel.compat import broadcast
 from moe_layer.types import Received
 
 
@@ -66,16 +67,21 @@ class Experts(nn.Module):
         self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self, *, first_expert: int = 0) -> None:
+    def reset_parameters(self, *, first_expert: int = 0, group: Any = None) -> None:
         """Normal with `config.init_std`, biases zero.
 
-        One number is drawn from torch's default generator; each expert then has its own stream, keyed by its global
-        index, so that a rank that holds experts `first_expert ...` gets what a single process would give them.
+        One number is drawn from torch's default generator (with `group`: the one of the group's first rank, a
+        collective call); each expert then has its own stream, keyed by its global index, so that a rank that holds
+        experts `first_expert ...` gets what a single process would give them.
         """
         gate_up, down = local_part(self.gate_up_proj), local_part(self.down_proj)
         if gate_up.is_meta:
             return
-        seed = int(torch.randint(2**48, ()))
+        drawn = torch.randint(2**48, ())
+        if group is not None:
+            drawn = drawn.to(gate_up.device)
+            broadcast(drawn, group=group)
+        seed = int(drawn)
         for local in range(gate_up.shape[0]):
             generator = torch.Generator(gate_up.device).manual_seed(seed + first_expert + local)
             gate_up[local].normal_(0, self.config.init_std, generator=generator)

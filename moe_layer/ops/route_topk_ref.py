@@ -64,6 +64,17 @@ def softmax_chosen(x_TK: Tensor) -> Tensor:
     return powers_TK / powers_TK.sum(dim=1, keepdim=True)
 
 
+def softmax_backward(p_TJ: Tensor, g_TJ: Tensor) -> Tensor:
+    """d logits of p = softmax(logits), given d p; rows may be the chosen K or all E.
+
+    The exact gradient of a row sums to 0, and p sums to 1 only up to rounding: in a saturated row (one p near 1) the
+    plain formula cancels down to that rounding. Taking the remaining sum out restores the digits: with logits 12 apart
+    the error of a row falls from up to 1 (relative) to under 1e-5.
+    """
+    dx_TJ = p_TJ * (g_TJ - (g_TJ * p_TJ).sum(dim=1, keepdim=True))
+    return dx_TJ - p_TJ * dx_TJ.sum(dim=1, keepdim=True)
+
+
 def weights(
     x_TE: Tensor, ids_TK: Tensor, *, score_function: str, softmax_order: str, renormalize: bool, scaling_factor: float
 ) -> Tensor:
@@ -115,12 +126,12 @@ def weights_backward(
         p_TE = torch.softmax(x_TE, dim=1)
         gp_TK = _masked(g_TK * p_TE.gather(1, safe_TK), routed_TK)
         through_TE = (-gp_TK.sum(dim=1, keepdim=True) * p_TE).scatter_add_(1, safe_TK, gp_TK)
+        through_TE = through_TE - p_TE * through_TE.sum(dim=1, keepdim=True)  # see softmax_backward
         through_TE = _masked(through_TE, None if routed_TK is None else routed_TK[:, :1])
         return through_TE if dx_TE is None else dx_TE + through_TE
     x_TK = x_TE.gather(1, safe_TK)
     if score_function == "softmax":
-        p_TK = softmax_chosen(x_TK)
-        dx_TK = p_TK * (g_TK - (g_TK * p_TK).sum(dim=1, keepdim=True))
+        dx_TK = softmax_backward(softmax_chosen(x_TK), g_TK)
     else:
         y_TK = score(x_TK, score_function)
         u_TK = g_TK
@@ -271,8 +282,7 @@ def loss_sums_backward(
 
 def _scores_backward(g_TE: Tensor, x_TE: Tensor, score_function: str) -> Tensor:
     if score_function == "softmax":
-        p_TE = torch.softmax(x_TE, dim=1)
-        return p_TE * (g_TE - (g_TE * p_TE).sum(dim=1, keepdim=True))
+        return softmax_backward(torch.softmax(x_TE, dim=1), g_TE)
     y_TE = score(x_TE, score_function)
     total_T1 = y_TE.sum(dim=1, keepdim=True) + EPS
     u_TE = g_TE / total_T1 - (g_TE * y_TE).sum(dim=1, keepdim=True) / (total_T1 * total_T1)

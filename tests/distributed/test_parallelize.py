@@ -162,6 +162,31 @@ def test_a_rank_without_tokens(pool: Pool) -> None:
         assert all(found)
 
 
+def from_meta(dp: int, ep: int) -> dict[str, Tensor]:
+    """Built without memory, split, then initialised; only the first rank has the right seed."""
+    layer = MoELayer(config(), device="meta")
+    context = parallelize(layer, init_device_mesh("cpu", (dp, ep), mesh_dim_names=("dp", "ep")))
+    layer.to_empty(device="cpu")
+    torch.manual_seed(7 + dist.get_rank())
+    layer.reset_parameters()
+    layer(torch.randn(3, D)).sum().backward()
+    state = full_state(layer)
+    context.close()
+    return state
+
+
+@pytest.mark.parametrize(("dp", "ep"), [(1, 4), (2, 2)])
+def test_meta_construction_gives_every_rank_its_own_experts(pool: Pool, dp: int, ep: int) -> None:
+    torch.manual_seed(7)
+    eager = MoELayer(config(), device="meta").to_empty(device="cpu")
+    eager.reset_parameters()
+    want = full_state(eager)
+    for state in pool.run(from_meta, dp, ep):
+        assert state.keys() == want.keys()
+        for name, value in want.items():
+            assert torch.equal(state[name], value), name
+
+
 def copies() -> tuple[Any, ...]:
     mesh = init_device_mesh("cpu", (1, 4), mesh_dim_names=("dp", "ep"))
     layer = MoELayer(config())
