@@ -54,8 +54,15 @@ else
         "$wanted_path" -m venv .venv || die "could not make .venv; on Debian: apt-get install python3-venv"
     fi
     say "installing the pinned CPU torch and the test and lint tools into .venv (some minutes the first time): $why"
-    "$python" -m pip install -q --disable-pip-version-check -r requirements/cpu.txt -r requirements/test.txt -r requirements/lint.txt ||
+    # PyPI's torch for Linux brings CUDA along (5 GB); PyTorch's own index has the CPU build, which pip prefers where it sees both.
+    cpu_index=https://download.pytorch.org/whl/cpu
+    extra=()
+    if "$python" -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1] + "/torch/", timeout=5)' "$cpu_index" 2>/dev/null; then
+        extra=(--extra-index-url "$cpu_index")
+    fi
+    "$python" -m pip install -q --disable-pip-version-check "${extra[@]}" -r requirements/cpu.txt -r requirements/test.txt -r requirements/lint.txt ||
         die "installation failed; is there a network? Then run the same command again"
+    say "installed torch $("$python" -c 'from importlib import metadata; print(metadata.version("torch"))')"
     MOE_LAYER_CUDA=0 "$python" -m pip install -q --disable-pip-version-check --no-index --no-build-isolation --no-deps -e . ||
         die "could not install the package into .venv"
 fi
