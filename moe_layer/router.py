@@ -10,6 +10,7 @@ T tokens, D hidden, E experts, K top-k, S sequences.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -136,7 +137,7 @@ class Router(nn.Module):
             tap.after(self._routed(routed, logits_TE, valid_T))
         self._report(routed.events, replay)
         ids_TK, weights_TK, counts_E, capacity = self._capacity(routed)
-        dropped = routed.counts.sum() - counts_E.sum()
+        dropped = None if counts_E is routed.counts else routed.counts.sum() - counts_E.sum()
         unscaled, scaled = {}, {}
         if attaches:
             boundaries = cu_seqlens if self.config.losses.aux == "sequence" else None
@@ -150,7 +151,9 @@ class Router(nn.Module):
                 self.tokens_per_expert,
                 aux_counts=routed.aux_counts if self.config.losses.aux == "global" and "aux" in unscaled else None,
                 aux_history=self.aux_history,
-                log_values=_log_values(unscaled, num_valid_S, dropped, routed.events),
+                log_values=_log_values(
+                    unscaled, num_valid_S, dropped, routed.events, host_tokens=_host_tokens(x_TD, valid_T)
+                ),
                 log_sums=self.log_sums,
             )
         return Routing(
@@ -159,7 +162,7 @@ class Router(nn.Module):
             counts_E=counts_E,
             losses=scaled,
             losses_unscaled=unscaled,
-            stats={"events": routed.events, "logits": logits_TE, "dropped": dropped},
+            stats={"events": routed.events, "logits": logits_TE, **({} if dropped is None else {"dropped": dropped})},
             capacity=capacity,
         )
 
@@ -333,9 +336,33 @@ class Router(nn.Module):
         return stats
 
 
-def _log_values(unscaled: dict[str, Tensor], num_valid_S: Tensor, dropped: Tensor, events: Tensor) -> Tensor:
-    """fp32 vector in the order of LOG_NAMES."""
+def _host_tokens(x_TD: Tensor, valid_T: Tensor | None) -> int | None:
+    """The number of valid tokens where the host knows it."""
+    return x_TD.shape[0] if valid_T is None else None
+
+
+def _log_values(
+    unscaled: dict[str, Tensor], num_valid_S: Tensor, dropped: Tensor | None, events: Tensor, *, host_tokens: int | None
+) -> Tensor:
+    """fp32 vector in the order of LOG_NAMES; two launches in the common case of no losses, no capacity, no mask."""
+    numbers = events[: len(EVENT_NAMES)].to(torch.float32)
+    if not unscaled and dropped is None and host_tokens is not None and not torch.compiler.is_compiling():
+        return torch.cat((_quiet_head(host_tokens, events.device), numbers))
     zero = torch.zeros((), device=events.device)
-    head = [unscaled.get("aux", zero), unscaled.get("z", zero), zero + 1, num_valid_S.sum(), dropped]
-    first = torch.stack([value.detach().to(torch.float32) for value in head])
-    return torch.cat((first, events[: len(EVENT_NAMES)].to(torch.float32)))
+    head = [
+        unscaled.get("aux", zero),
+        unscaled.get("z", zero),
+        zero + 1,
+        num_valid_S.sum(),
+        zero if dropped is None else dropped,
+    ]
+    return torch.cat((torch.stack([value.detach().to(torch.float32) for value in head]), numbers))
+
+
+@lru_cache(maxsize=64)
+def _quiet_head(tokens: int, device: torch.device) -> Tensor:
+    """aux, z, micro_batches, tokens, dropped of a pass without losses; filled on the device: a copy would synchronise."""
+    head = torch.zeros(5, device=device)
+    head[2].fill_(1.0)
+    head[3].fill_(float(tokens))
+    return head
