@@ -361,7 +361,7 @@ def _log_values(
 
 @lru_cache(maxsize=64)
 def _quiet_head(tokens: int, device: torch.device) -> Tensor:
-    """aux, z, micro_batches, tokens, dropped of a pass without losses; filled on the device: a copy would synchronise."""
+    """aux, z, micro_batches, tokens, dropped of a pass without losses; a copy from the host would synchronise."""
     head = torch.zeros(5, device=device)
     head[2].fill_(1.0)
     head[3].fill_(float(tokens))

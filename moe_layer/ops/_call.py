@@ -10,8 +10,8 @@ import torch
 def call_plain(op: Any, *args: Any, **kwargs: Any) -> Any:
     """`op(...)` without its Python autograd wrapper, for calls that need no gradient from it.
 
-    `torch.library.custom_op` puts that wrapper in front of every kernel, also for integer tensors and inside the forward and
-    backward of an autograd.Function, where it can do nothing; it costs some 30 us a call. torch.compile traces the op itself.
+    `torch.library.custom_op` puts that wrapper in front of every kernel, for integer tensors too and inside the forward
+    and backward of an autograd.Function, where it has nothing to do. torch.compile traces the op itself.
     """
     if torch.compiler.is_compiling():
         return op(*args, **kwargs)

@@ -43,7 +43,7 @@ def sort_slots(ids_CK: Tensor, *, first_expert: int, num_local: int, alignment: 
 
 
 def pad_to_capacity(order: SlotOrder, ids_CK: Tensor, *, num_local: int, capacity: int) -> SlotOrder:
-    """The same order with exactly `capacity` rows an expert (drop and pad): row = expert * capacity + rank in the expert.
+    """The same order with exactly `capacity` rows an expert (drop and pad): row = expert * capacity + rank in it.
 
     Args:
         order: of `ids_CK`, with first_expert 0 and alignment 1, no expert above `capacity`.
