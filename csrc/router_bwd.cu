@@ -81,79 +81,113 @@ __device__ __forceinline__ float stage_slots(
 
 struct RowSums {
   float max = 0.0f, inverse = 0.0f, lse = 0.0f;  // softmax over E
-  float score_inverse = 0.0f, score_dot = 0.0f;  // normalised scores over E, and sum(g * score)
 };
 
-// Gradient of the normalised scores: the sequence's d_score_sum (the same row for all its tokens) plus d_scores.
+template <int L, int C>
+__device__ __forceinline__ void load_floats(
+    const void* data, const Backward& p, int64_t row, bool live, int gl, float (&x)[C * 8]) {
+  if (p.vector) {
+    load_vectors<kF32, L, C>(data, row, live, p.experts, gl, 0.0f, x);
+  } else {
+    load_scalars<float, L, C>(data, row, live, p.experts, gl, 0.0f, x);
+  }
+}
+
+// Gradient of the normalised scores: the sequence's d_score_sum (the same row for all its tokens) plus d_scores, both fp32.
 template <int L, int C>
 __device__ __forceinline__ void score_gradient(const Backward& p, const Row& at, float (&g)[C * 8]) {
 #pragma unroll
   for (int i = 0; i < C * 8; ++i) g[i] = 0.0f;
   if (p.d_score_sum.data != nullptr) {
     const int sequence = at.live ? sequence_of(p.cu_seqlens, p.sequences, at.row) : -1;
-    load_row<L, C>(p.d_score_sum, p.vector, sequence, sequence >= 0, p.experts, at.gl, 0.0f, g);
+    load_floats<L, C>(p.d_score_sum.data, p, sequence, sequence >= 0, at.gl, g);
   }
   if (p.d_scores.data != nullptr) {
     float more[C * 8];
-    load_row<L, C>(p.d_scores, p.vector, at.row, at.live, p.experts, at.gl, 0.0f, more);
+    load_floats<L, C>(p.d_scores.data, p, at.row, at.live, at.gl, more);
 #pragma unroll
     for (int i = 0; i < C * 8; ++i) g[i] += more[i];
   }
 }
 
+// exp(x - max) of the row into e (which may be x), and its sums.
 template <int L, int C>
-__device__ __forceinline__ void softmax_sums(const float (&x)[C * 8], RowSums& s) {
-  float top = x[0], sum = 0.0f;
+__device__ __forceinline__ void softmax_sums(const float (&x)[C * 8], float (&e)[C * 8], RowSums& s) {
+  float top = x[0], sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
   for (int i = 1; i < C * 8; ++i) top = fmaxf(top, x[i]);
   s.max = row_max<L>(top);
-#pragma unroll
-  for (int i = 0; i < C * 8; ++i) sum += expf(x[i] - s.max);
-  sum = row_sum<L>(sum);
-  s.inverse = 1.0f / sum;
-  s.lse = s.max + logf(sum);
-}
-
-// The dense part of d logits for this lane's experts. `through` is what "pre" softmax subtracts from every expert.
-template <int L, int C>
-__device__ __forceinline__ void dense_part(
-    const Backward& p, const float (&x)[C * 8], const float (&g)[C * 8], const RowSums& s, bool scores, float through,
-    float (&out)[C * 8]) {
-  const float z = p.d_z.data != nullptr ? 2.0f * load_float(p.d_z, 0) * s.lse : 0.0f;
-  if (p.score == kSoftmax) {
-    float dot = 0.0f;
-    if (scores) {
-#pragma unroll
-      for (int i = 0; i < C * 8; ++i) dot += g[i] * (expf(x[i] - s.max) * s.inverse);
-      dot = row_sum<L>(dot);
-    }
-#pragma unroll
-    for (int i = 0; i < C * 8; ++i) out[i] = expf(x[i] - s.max) * s.inverse * ((g[i] - dot) - through + z);
-    return;
-  }
-  float total = 0.0f, dot = 0.0f;
-  float y[C * 8];
-  if (scores) {
-#pragma unroll
-    for (int i = 0; i < C * 8; ++i) {
-      y[i] = score_of(x[i], p.score);
-      total += y[i];
-      dot += g[i] * y[i];
-    }
-    total = row_sum<L>(total) + kEps, dot = row_sum<L>(dot);
-  }
+  const float offset = s.max * kLog2e;  // a common factor of the row; lse takes the very same number back
 #pragma unroll
   for (int i = 0; i < C * 8; ++i) {
-    out[i] = p.d_z.data != nullptr ? expf(x[i] - s.max) * s.inverse * z : 0.0f;
-    if (scores) out[i] += (g[i] / total - dot / (total * total)) * score_slope(x[i], y[i], p.score);
+    e[i] = exp2_fast(fmaf(x[i], kLog2e, -offset));
+    sum[i % 4] += e[i];
   }
+  const float total = row_sum<L>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  s.inverse = reciprocal(total);
+  s.lse = fmaf(offset, kLn2, logf(total));
 }
 
-template <int L, int C, bool DENSE>
-__global__ void __launch_bounds__(
-    kThreads, C > 2   ? 1
-              : DENSE ? 2
-                      : 4) backward_kernel(const __grid_constant__ Backward p) {
+// d logits through softmax scores and z, in place of exp(x - max). `through` is what "pre" weights subtract from every expert.
+template <int L, int C>
+__device__ __forceinline__ void dense_softmax(
+    const Backward& p, const Row& at, const RowSums& s, bool scores, float through, float (&e)[C * 8]) {
+  const float z = p.d_z.data != nullptr ? 2.0f * load_float(p.d_z, 0) * s.lse : 0.0f;
+  if (!scores) {
+#pragma unroll
+    for (int i = 0; i < C * 8; ++i) e[i] = e[i] * s.inverse * (z - through);
+    return;
+  }
+  float g[C * 8];
+  score_gradient<L, C>(p, at, g);
+  float dot[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (int i = 0; i < C * 8; ++i) {
+    e[i] *= s.inverse;
+    dot[i % 2] = fmaf(g[i], e[i], dot[i % 2]);
+  }
+  const float shift = row_sum<L>(dot[0] + dot[1]);
+#pragma unroll
+  for (int i = 0; i < C * 8; ++i) e[i] *= (g[i] - shift) + (z - through);
+}
+
+// The same for sigmoid and sqrtsoftplus scores, in place of the logits.
+template <int L, int C>
+__device__ __forceinline__ void dense_score(const Backward& p, const Row& at, bool scores, float (&x)[C * 8]) {
+  float out[C * 8];
+#pragma unroll
+  for (int i = 0; i < C * 8; ++i) out[i] = 0.0f;
+  if (p.d_z.data != nullptr) {
+    RowSums s;
+    softmax_sums<L, C>(x, out, s);
+    const float z = 2.0f * load_float(p.d_z, 0) * s.lse * s.inverse;
+#pragma unroll
+    for (int i = 0; i < C * 8; ++i) out[i] *= z;
+  }
+  if (scores) {
+    float g[C * 8], y[C * 8], total = 0.0f, dot = 0.0f;
+    score_gradient<L, C>(p, at, g);
+#pragma unroll
+    for (int i = 0; i < C * 8; ++i) y[i] = p.score == kSigmoid ? sigmoid(x[i]) : score_of(x[i], kSqrtSoftplus);
+#pragma unroll
+    for (int i = 0; i < C * 8; ++i) total += y[i], dot = fmaf(g[i], y[i], dot);
+    const float inverse = 1.0f / (row_sum<L>(total) + kEps);
+    const float shift = row_sum<L>(dot) * inverse;
+#pragma unroll
+    for (int i = 0; i < C * 8; ++i) {
+      const float slope = p.score == kSigmoid ? y[i] * (1.0f - y[i]) : sigmoid(x[i]) * reciprocal(2.0f * y[i] + kEps);
+      out[i] = fmaf((g[i] - shift) * inverse, slope, out[i]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < C * 8; ++i) x[i] = out[i];
+}
+
+enum Kind : int { kSparse, kDenseSoftmax, kDenseScore };
+
+template <int L, int C, int KIND>
+__global__ void __launch_bounds__(kThreads, KIND == kSparse ? 4 : C > 2 ? 1 : KIND == kDenseSoftmax ? 3 : 2)
+    backward_kernel(const __grid_constant__ Backward p) {
   constexpr int kBucket = L * C * 8, kRows = kWarp / L;
   extern __shared__ __align__(16) float shared[];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = lane / L;
@@ -163,7 +197,6 @@ __global__ void __launch_bounds__(
   at.gl = lane % L;
   const bool slots = p.d_weights.data != nullptr || p.d_probs.data != nullptr;
   const bool scores = p.d_score_sum.data != nullptr || p.d_scores.data != nullptr;
-  const bool softmax = DENSE && (p.score == kSoftmax || p.d_z.data != nullptr);
   const int64_t tiles = ceil_div<int64_t>(p.tokens, kRows);
 
   for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kWarps + warp; tile < tiles;
@@ -171,41 +204,36 @@ __global__ void __launch_bounds__(
     at.row = tile * kRows + group;
     at.inside = at.row < p.tokens;
     at.live = at.inside && p.ids[at.row * p.top_k] >= 0;
-    float x[C * 8], out[C * 8];
+    float x[C * 8];
     RowSums s;
-    if constexpr (DENSE) load_row<L, C>(p.logits, p.vector, at.row, at.live, p.experts, at.gl, kPad, x);
+    if constexpr (KIND != kSparse) load_row<L, C>(p.logits, p.vector, at.row, at.live, p.experts, at.gl, kPad, x);
 #pragma unroll
     for (int c = 0; c < C; ++c) {
       float4* mine = reinterpret_cast<float4*>(stage + 8 * (c * L + at.gl));
       mine[0] = mine[1] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
     __syncwarp();
-    if constexpr (DENSE) {
-      if (softmax) softmax_sums<L, C>(x, s);
-    }
+    if constexpr (KIND == kDenseSoftmax) softmax_sums<L, C>(x, x, s);
     const float through = slots ? stage_slots<L>(p, at, s.max, s.inverse, values, stage) : 0.0f;
-    if constexpr (DENSE) {
-      float g[C * 8];
-      score_gradient<L, C>(p, at, g);
-      dense_part<L, C>(p, x, g, s, scores, through, out);
-    }
+    if constexpr (KIND == kDenseSoftmax) dense_softmax<L, C>(p, at, s, scores, through, x);
+    if constexpr (KIND == kDenseScore) dense_score<L, C>(p, at, scores, x);
     __syncwarp();
 #pragma unroll
     for (int c = 0; c < C; ++c) {
       const int first = 8 * (c * L + at.gl);
+      const float4 lo = *reinterpret_cast<const float4*>(stage + first), hi = *reinterpret_cast<const float4*>(stage + first + 4);
+      float out[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
+      if constexpr (KIND != kSparse) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float dense = DENSE && at.live ? out[8 * c + j] : 0.0f;
-        out[8 * c + j] = stage[first + j] + dense;
+        for (int j = 0; j < 8; ++j) out[j] += at.live ? x[8 * c + j] : 0.0f;
       }
       if (!at.inside || first >= p.experts) continue;
       if (p.vector) {
-        store8(p.d_logits, p.logits.kind, at.row * p.experts + first, &out[8 * c]);
+        store8(p.d_logits, p.logits.kind, at.row * p.experts + first, out);
       } else {
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          if (first + j < p.experts)
-            store_float(p.d_logits, p.logits.kind, at.row * p.experts + first + j, out[8 * c + j]);
+          if (first + j < p.experts) store_float(p.d_logits, p.logits.kind, at.row * p.experts + first + j, out[j]);
         }
       }
     }
@@ -217,7 +245,9 @@ template <int L, int C>
 void launch(const Backward& args, int sms, cudaStream_t stream) {
   constexpr int kRows = kWarp / L;
   const int64_t bytes = 4ll * kWarps * kRows * (L * C * 8 + 2 * args.top_k);
-  auto kernel = args.dense ? backward_kernel<L, C, true> : backward_kernel<L, C, false>;
+  auto kernel = !args.dense              ? backward_kernel<L, C, kSparse>
+                : args.score == kSoftmax ? backward_kernel<L, C, kDenseSoftmax>
+                                         : backward_kernel<L, C, kDenseScore>;
   allow_shared_memory(kernel, bytes);
   const int64_t needed = ceil_div<int64_t>(ceil_div<int64_t>(args.tokens, kRows), kWarps);
   const int64_t most = 8ll * sms;

@@ -93,55 +93,62 @@ __device__ __forceinline__ void store_float(void* data, int kind, int64_t i, flo
   }
 }
 
-__device__ __forceinline__ void store8(void* data, int kind, int64_t i, const float* v) {
+__device__ __forceinline__ uint32_t narrow_pair(int kind, float a, float b) {
+  if (kind == kBF16) {
+    const __nv_bfloat162 two = __floats2bfloat162_rn(a, b);
+    return *reinterpret_cast<const uint32_t*>(&two);
+  }
+  const __half2 two = __floats2half2_rn(a, b);
+  return *reinterpret_cast<const uint32_t*>(&two);
+}
+
+__device__ __forceinline__ void store8(void* data, int kind, int64_t i, const float (&v)[8]) {
   if (kind == kF32) {
     float4* target = reinterpret_cast<float4*>(static_cast<float*>(data) + i);
     target[0] = make_float4(v[0], v[1], v[2], v[3]);
     target[1] = make_float4(v[4], v[5], v[6], v[7]);
     return;
   }
-  uint32_t words[4];
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    if (kind == kBF16) {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(v[2 * w], v[2 * w + 1]);
-      words[w] = *reinterpret_cast<const uint32_t*>(&pair);
-    } else {
-      const __half2 pair = __floats2half2_rn(v[2 * w], v[2 * w + 1]);
-      words[w] = *reinterpret_cast<const uint32_t*>(&pair);
-    }
-  }
-  *reinterpret_cast<uint4*>(static_cast<uint16_t*>(data) + i) = make_uint4(words[0], words[1], words[2], words[3]);
+  *reinterpret_cast<uint4*>(static_cast<uint16_t*>(data) + i) = make_uint4(
+      narrow_pair(kind, v[0], v[1]), narrow_pair(kind, v[2], v[3]), narrow_pair(kind, v[4], v[5]),
+      narrow_pair(kind, v[6], v[7]));
 }
 
-// Eight neighbouring values as they lie in memory (`Words` of 16 bytes), and widened. Loading and widening are apart because a
-// widened value is waited for: all loads of a row must be on their way before the first one is used.
+// Eight neighbouring values as they lie in memory, and widened. Loading and widening are apart because a widened value is waited
+// for: all loads of a row must be on their way before the first one is used. Words are named, not indexed through a pointer,
+// which would put them in local memory.
 template <int Kind>
 struct Eight {
-  uint4 words[Kind == kF32 ? 2 : 1];
+  uint4 low, high;
 
-  __device__ __forceinline__ void load(const void* data, int64_t i) {
+  __device__ __forceinline__ void load(const void* data, int64_t i, bool here, float pad) {
+    const uint32_t bits = __float_as_uint(pad);
+    const uint32_t word = Kind == kF32 ? bits : Kind == kBF16 ? (bits & 0xffff0000u) | (bits >> 16) : 0u;
+    low = make_uint4(word, word, word, word);
+    if constexpr (Kind == kF32) high = low;
     const uint4* source = reinterpret_cast<const uint4*>(static_cast<const char*>(data) + i * (Kind == kF32 ? 4 : 2));
-    words[0] = __ldg(source);
-    if constexpr (Kind == kF32) words[1] = __ldg(source + 1);
+    if (here) {
+      low = __ldg(source);
+      if constexpr (Kind == kF32) high = __ldg(source + 1);
+    }
+  }
+
+  __device__ static __forceinline__ void pair(uint32_t word, float& a, float& b) {
+    if constexpr (Kind == kBF16) {
+      a = __uint_as_float(word << 16), b = __uint_as_float(word & 0xffff0000u);
+    } else {
+      const float2 two = __half22float2(*reinterpret_cast<const __half2*>(&word));
+      a = two.x, b = two.y;
+    }
   }
 
   __device__ __forceinline__ void widen(float* out) const {
-    const uint32_t* raw = reinterpret_cast<const uint32_t*>(words);
     if constexpr (Kind == kF32) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) out[j] = __uint_as_float(raw[j]);
+      out[0] = __uint_as_float(low.x), out[1] = __uint_as_float(low.y), out[2] = __uint_as_float(low.z);
+      out[3] = __uint_as_float(low.w), out[4] = __uint_as_float(high.x), out[5] = __uint_as_float(high.y);
+      out[6] = __uint_as_float(high.z), out[7] = __uint_as_float(high.w);
     } else {
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        if constexpr (Kind == kBF16) {
-          out[2 * w] = __uint_as_float(raw[w] << 16);
-          out[2 * w + 1] = __uint_as_float(raw[w] & 0xffff0000u);
-        } else {
-          const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&raw[w]));
-          out[2 * w] = pair.x, out[2 * w + 1] = pair.y;
-        }
-      }
+      pair(low.x, out[0], out[1]), pair(low.y, out[2], out[3]), pair(low.z, out[4], out[5]), pair(low.w, out[6], out[7]);
     }
   }
 };
@@ -153,14 +160,16 @@ __device__ __forceinline__ void load_vectors(
 #pragma unroll
   for (int c = 0; c < C; ++c) {
     const int first = 8 * (c * L + gl);
-    if (live && first < num_experts) raw[c].load(data, row * num_experts + first);
+    raw[c].load(data, row * num_experts + first, live && first < num_experts, pad);
   }
 #pragma unroll
   for (int c = 0; c < C; ++c) {
-    const bool here = live && 8 * (c * L + gl) < num_experts;
     raw[c].widen(&x[8 * c]);
+    if constexpr (Kind == kF16) {  // fp16 cannot hold the pad
+      const bool here = live && 8 * (c * L + gl) < num_experts;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) x[8 * c + j] = here ? x[8 * c + j] : pad;
+      for (int j = 0; j < 8; ++j) x[8 * c + j] = here ? x[8 * c + j] : pad;
+    }
   }
 }
 
@@ -324,6 +333,7 @@ struct Forward {
   unsigned* ticket;
   double sum_scale, sum_unscale;
   int warp_words;  // shared memory of one warp, in 4-byte words
+  int64_t tiles_each, tiles_rest;  // tiles of a block; blocks below tiles_rest take one more
 };
 
 struct Backward {
@@ -341,9 +351,23 @@ struct Backward {
   void* d_logits;
 };
 
+// The block's tiles [begin, end): a contiguous run. The host divides, a 64-bit division on the device takes a microsecond.
+struct Tiles {
+  int64_t begin, end;
+};
+
+__device__ __forceinline__ Tiles tiles_of_block(const Forward& p) {
+  const int64_t b = blockIdx.x, begin = b * p.tiles_each + (b < p.tiles_rest ? b : p.tiles_rest);
+  return {begin, begin + p.tiles_each + (b < p.tiles_rest ? 1 : 0)};
+}
+
+inline void cut_tiles(Forward& p, int64_t tiles, int blocks) { p.tiles_each = tiles / blocks, p.tiles_rest = tiles % blocks; }
+
 // Host launchers, one file each so that they compile in parallel. `blocks` is the size of the grid.
 void launch_forward_plain(const Forward& args, int blocks, cudaStream_t stream, bool overlap);
 void launch_forward_keyed(const Forward& args, int blocks, cudaStream_t stream, bool overlap);
+bool launch_lean_plain(const Forward& args, int sms, cudaStream_t stream, bool overlap);  // false: not a case for it
+bool launch_lean_keyed(const Forward& args, int sms, cudaStream_t stream, bool overlap);
 void launch_forward_generic(const Forward& args, int blocks, cudaStream_t stream);
 void launch_backward_rows(const Backward& args, int sms, cudaStream_t stream);
 void launch_backward_generic(const Backward& args, int blocks, cudaStream_t stream);

@@ -244,7 +244,7 @@ Outputs route_topk(
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     if (p.logits.kind == kF64 || E > kMaxFastExperts || top_k > kMaxFastK) {
       launch_forward_generic(p, static_cast<int>(T < 2 * sms ? T : 2 * sms), stream);
-    } else {
+    } else if (top_k > 16 || !(keyed ? launch_lean_keyed : launch_lean_plain)(p, sms, stream, major >= 9)) {
       const int64_t tiles = ceil_div<int64_t>(T, kWarp / lanes_for(p.experts));
       const int blocks = static_cast<int>(tiles < sms ? tiles : sms);
       (keyed ? launch_forward_keyed : launch_forward_plain)(p, blocks, stream, major >= 9);
@@ -300,6 +300,9 @@ Tensor route_topk_bwd(
   p.vector = p.logits.kind != kF64 && rows_aligned(p.logits.data, E) && rows_aligned(p.d_logits, E) &&
              (p.d_scores.data == nullptr || rows_aligned(p.d_scores.data, E)) &&
              (p.d_score_sum.data == nullptr || rows_aligned(p.d_score_sum.data, E));
+  STD_TORCH_CHECK(
+      p.logits.kind == kF64 || (p.d_score_sum.kind == kF32 && p.d_scores.kind == kF32),
+      "d_score_sum and d_scores must be float32, the dtype of what they are gradients of");
   const cudaStream_t stream = current_stream(logits);
   const int sms = sm_count(logits.get_device_index());
   if (p.logits.kind == kF64 || E > kMaxFastExperts || K > kMaxFastK) {

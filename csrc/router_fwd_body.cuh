@@ -54,8 +54,7 @@ __global__ void __launch_bounds__(THREADS, 1) forward_kernel(const __grid_consta
   Place at;
   at.lane = threadIdx.x % kWarp, at.gl = at.lane % L, at.group = at.lane / L;
   at.row_lanes = (L == 32 ? kFull : (1u << L) - 1u) << (at.group * L);
-  const int64_t tiles = ceil_div<int64_t>(p.tokens, Lay::kRows);
-  const int64_t begin = tiles * blockIdx.x / gridDim.x, end = tiles * (blockIdx.x + 1) / gridDim.x;
+  const auto [begin, end] = tiles_of_block(p);
   int block_sequence = 0;
   if (p.aux != kNoAux && p.cu_seqlens.data != nullptr) {
     const int64_t last_row = end * Lay::kRows < p.tokens ? end * Lay::kRows : p.tokens;
@@ -227,6 +226,7 @@ void launch(Forward args, int blocks, cudaStream_t stream, bool overlap) {
   using Lay = Layout<L, C>;
   constexpr int kWarps = THREADS / kWarp;
   args.warp_words = warp_words(args, Lay::kRows, Lay::kBucket, KEYED);
+  cut_tiles(args, ceil_div<int64_t>(args.tokens, Lay::kRows), blocks);
   const int parts = args.aux == kNoAux ? 0 : kWarps * Lay::kBucket;
   const int buffer = args.warp_words * kWarps > parts ? args.warp_words * kWarps : parts;
   const int64_t bytes = 4ll * ((args.live_apart ? 2 : 1) * args.experts + (KEYED ? Lay::kBucket : 0) + buffer);

@@ -144,15 +144,9 @@ __device__ __forceinline__ void group_sums_scanned(
   }
 }
 
-// Bit i: expert i of this lane stands in one of the row's best groups. A key that is not usable (finite) counts kBrokenKey.
-template <int L, int C>
-__device__ __forceinline__ uint32_t
-allowed_by_groups(const Forward& p, const float (&key)[C * 8], uint32_t usable, int gl, const GroupMemory& memory) {
-  if (p.group_chunked) {
-    group_sums_chunked<L, C>(p, key, usable, gl, memory.total);
-  } else {
-    group_sums_scanned<L, C>(p, key, usable, gl, memory);
-  }
+// Which groups stay, from their sums in memory.total; ties go to the lower group. Called by all lanes of the warp.
+template <int L>
+__device__ __forceinline__ void keep_groups(const Forward& p, int gl, const GroupMemory& memory) {
   __syncwarp();
   for (int group = gl; group < p.groups; group += L) {
     const float mine = memory.total[group];
@@ -164,6 +158,31 @@ allowed_by_groups(const Forward& p, const float (&key)[C * 8], uint32_t usable, 
     memory.kept[group] = rank < p.group_topk;
   }
   __syncwarp();
+}
+
+// Bit c: chunk c of this lane stands in one of the row's best groups (groups of whole chunks).
+template <int L, int C>
+__device__ __forceinline__ uint32_t allowed_chunks(const Forward& p, int gl, const GroupMemory& memory) {
+  keep_groups<L>(p, gl, memory);
+  uint32_t allowed = 0;
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    const int first = Layout<L, C>::first(c, gl);
+    if (first < p.experts && memory.kept[first >> p.group_shift]) allowed |= 1u << c;
+  }
+  return allowed;
+}
+
+// Bit i: expert i of this lane stands in one of the row's best groups. A key that is not usable (finite) counts kBrokenKey.
+template <int L, int C>
+__device__ __forceinline__ uint32_t
+allowed_by_groups(const Forward& p, const float (&key)[C * 8], uint32_t usable, int gl, const GroupMemory& memory) {
+  if (p.group_chunked) {
+    group_sums_chunked<L, C>(p, key, usable, gl, memory.total);
+  } else {
+    group_sums_scanned<L, C>(p, key, usable, gl, memory);
+  }
+  keep_groups<L>(p, gl, memory);
   uint32_t allowed = 0;
 #pragma unroll
   for (int c = 0; c < C; ++c) {
