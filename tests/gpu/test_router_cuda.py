@@ -49,6 +49,9 @@ CASES: dict[str, tuple[int, dict[str, Any], bool]] = {  # experts, options, with
 }
 ALL = {"aux_counts": "live", "want_z": True, "want_probs": True, "want_scores": True, "map_format": "bytemap"}
 GRADIENTS = ("weights", "score_sum", "z_sum", "probs", "scores")
+LOSSES = {"aux_counts": "live", "want_z": True}
+"""What a training step asks for; without dense outputs, replay and sequences the lean kernels run."""
+TRAINED = ("weights", "score_sum", "z_sum")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -161,6 +164,34 @@ def test_values_and_gradients(name: str, dtype: torch.dtype) -> None:
     check(logits_for(experts, 259, dtype), bias_for(experts, with_bias), options | ALL)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CASES)
+def test_what_training_asks_for(name: str, dtype: torch.dtype, masked: bool) -> None:
+    experts, options, with_bias = CASES[name]
+    inputs = {"valid": torch.rand(1031) < 0.8} if masked else {}
+    check(logits_for(experts, 1031, dtype), bias_for(experts, with_bias), options | LOSSES, TRAINED, **inputs)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_near_ties_are_settled_by_whole_keys(name: str) -> None:
+    """Keys that agree in the bits a packed key keeps: pairs, runs across the K-th place, whole rows."""
+    experts, options, _ = CASES[name]
+    if options.get("num_groups"):
+        pytest.skip("a group's sum of nearly equal keys may round either way")
+    eps = torch.finfo(torch.float32).eps
+    logits = torch.randn(300, experts).sort(dim=1, descending=True).values
+    for row in range(300):
+        first = torch.randint(0, experts, ()).item()
+        run = logits[row, first : first + 1 + row % 9]
+        run.copy_(run[0] * (1 + eps * torch.randint(-4, 5, run.shape)))
+        logits[row] = logits[row, torch.randperm(experts)]
+    logits[:8] = 1 + eps * torch.randint(0, 9, (8, experts))
+    ours = route_topk(logits.cuda(), **options, **LOSSES)
+    theirs = route_topk(logits, **options, **LOSSES)
+    assert torch.equal(ours.ids.cpu(), theirs.ids) and torch.equal(ours.aux_counts.cpu(), theirs.aux_counts)
+
+
 @pytest.mark.parametrize(
     "names", [("weights",), ("probs",), ("score_sum",), ("z_sum",), ("scores",), ("weights", "score_sum", "z_sum")]
 )
@@ -226,8 +257,9 @@ def test_ties_go_to_the_lower_id(name: str) -> None:
     assert all(len(set(row)) == options["top_k"] for row in ours.ids.tolist())
 
 
+@pytest.mark.parametrize("outputs", [ALL, LOSSES], ids=["all", "losses"])
 @pytest.mark.parametrize("name", CASES)
-def test_nan_and_infinite_logits(name: str) -> None:
+def test_nan_and_infinite_logits(name: str, outputs: dict[str, Any]) -> None:
     experts, options, with_bias = CASES[name]
     logits = logits_for(experts, 64, torch.float32)
     bad = torch.tensor([float("nan"), float("inf"), float("-inf")])
@@ -235,8 +267,8 @@ def test_nan_and_infinite_logits(name: str) -> None:
         where = torch.randperm(experts)[: 1 + row % max(1, experts)]
         logits[row, where] = bad[torch.randint(0, 3, (len(where),))] if row % 4 else bad[row // 4 % 3]
     bias = bias_for(experts, with_bias)
-    ours = route_topk(logits.cuda(), None if bias is None else bias.cuda(), **options, **ALL)
-    theirs = route_topk(logits, bias, **options, **ALL)
+    ours = route_topk(logits.cuda(), None if bias is None else bias.cuda(), **options, **outputs)
+    theirs = route_topk(logits, bias, **options, **outputs)
     assert ours.events.tolist() == theirs.events.tolist()
     assert (ours.ids.cpu() != theirs.ids).any(dim=1).sum() <= 2
     assert all(len(set(row)) == options["top_k"] and 0 <= min(row) and max(row) < experts for row in ours.ids.tolist())
