@@ -113,6 +113,7 @@ class MoELayer(nn.Module):
             top_k=cfg.router.top_k,
             context=context,
             layer_index=layer_index,
+            kernels=cfg.kernels,
         )
 
     def forward(

@@ -20,6 +20,7 @@ from moe_layer.compat.megatron_config import experts_config, moe_config
 from moe_layer.compat.mlp import grouped_mlp
 from moe_layer.experts.spec import Layout, Weights
 from moe_layer.layer import MoELayer
+from moe_layer.ops.kernels import require_kernels
 from moe_layer.router import Router
 from moe_layer.types import Routing
 
@@ -55,6 +56,7 @@ class MegatronExperts(nn.Module):
         self, num_local_experts: int, config: Any, *, pg_collection: Any = None, name: str | None = None
     ) -> None:
         super().__init__()
+        require_kernels("auto")
         self.config = config
         self.num_local_experts = num_local_experts
         self.ep_group = getattr(pg_collection, "ep", None)

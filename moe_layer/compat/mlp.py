@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_layer.experts.autograd import experts_mlp
 from moe_layer.experts.backend import resolve
 from moe_layer.experts.spec import ExpertsSpec, Layout, Weights
+from moe_layer.ops.kernels import note_first_cuda_use
 
 Parameters = tuple[Any, Any, Any, Any]
 NO_PARAMETERS: Parameters = (None, None, None, None)
@@ -37,6 +38,7 @@ def grouped_mlp(
         num_experts: global number of experts.
         parameters: owners of the weights, for `main_grad`; None where a weight is a rearranged copy.
     """
+    note_first_cuda_use("auto", layout.x)
     device = layout.x.device
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else layout.x.dtype

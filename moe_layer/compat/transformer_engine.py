@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moe_layer.ops.copy_ids import check_id_buffer, copy_ids
+from moe_layer.ops.kernels import note_first_cuda_use
 from moe_layer.ops.route_topk import RouteTopk, route_topk
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -185,6 +186,7 @@ def _map_format(value: str | RoutingMapFormat | int) -> str:
 
 
 def _check_logits(logits: Tensor, topk: int, score_function: str) -> None:
+    note_first_cuda_use("auto", logits)
     if logits.dtype == torch.float64:
         raise ValueError(
             "logits of dtype float64 are not supported by TransformerEngine's router; cast them to float32"

@@ -30,6 +30,7 @@ from moe_layer.dispatch import make_dispatcher
 from moe_layer.errors import RoutingError
 from moe_layer.experts.parameters import local_part
 from moe_layer.experts.spec import Layout, Weights
+from moe_layer.ops.kernels import require_kernels
 from moe_layer.types import Received, Routing
 
 MINIMUM = (5, 7)
@@ -45,6 +46,7 @@ def enable(name: str = "moe_layer") -> str:
         ImportError: transformers is missing or older than 5.7.
     """
     require_transformers()
+    require_kernels("auto")
     from transformers.integrations.moe import ExpertsInterface
 
     ExpertsInterface.register(name, experts_forward)

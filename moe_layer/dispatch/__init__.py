@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from moe_layer.config.model import DispatchConfig
 from moe_layer.dispatch.agreement import agree, facts_hash, static_facts
 from moe_layer.dispatch.all_gather import AllGatherRoute
@@ -16,6 +18,7 @@ from moe_layer.dispatch.replicated import ReplicatedRoute
 from moe_layer.dispatch.route import Route
 from moe_layer.dispatch.wire import Link
 from moe_layer.errors import ConfigError
+from moe_layer.ops.kernels import require_kernels
 from moe_layer.types import DispatchPlan
 
 if TYPE_CHECKING:
@@ -31,15 +34,19 @@ def make_dispatcher(
     top_k: int,
     context: ParallelContext | None,
     layer_index: int = 0,
+    kernels: str = "auto",
 ) -> Dispatcher:
     """The backend that `config` names; `context` None means one rank.
 
-    At more than one rank this is a collective call: the ranks compare their static facts.
+    At more than one rank this is a collective call: the ranks compare their static facts. `kernels` as in `MoEConfig`:
+    a dispatcher without a layer loads the compiled library too.
 
     Raises:
         ConfigError: the experts do not split over the ranks, or the backend does not fit the number of ranks.
         RankMismatch: ranks were given different configurations.
     """
+    if not torch.compiler.is_compiling():  # loading is not for a graph
+        require_kernels(kernels)
     ranks = 1 if context is None else context.ep_size
     check_divisible(num_experts, ranks)
     backend = config.backend

@@ -10,7 +10,7 @@ from moe_layer.ops import _ext
 
 
 def require_kernels(kernels: str) -> None:
-    """Honour `kernels` once, when a layer is built.
+    """Honour `kernels` once, when a layer, a dispatcher or an adapter is built.
 
     auto loads the compiled library when it is there; cuda insists on it; reference keeps it unloaded. A library
     registers its kernels for the whole process, so the choice is the process's.
@@ -19,22 +19,30 @@ def require_kernels(kernels: str) -> None:
         ConfigError: `cuda` without a loadable library, or `reference` after the library was loaded.
     """
     if kernels == "reference":
-        if _ext.status.cache_info().currsize and _ext.status().loaded:
-            raise ConfigError(
-                "kernels: reference, but this process already loaded the CUDA library for another layer; "
-                "set MOE_LAYER_CUDA=0 or build all layers with kernels: reference"
-            )
-        return
+        return _refuse_loaded_kernels()
     status = _ext.status()
     if kernels == "cuda" and not status.loaded:
         raise ConfigError(f"kernels: cuda is not possible: {status.sentence()}, or set kernels: auto")
 
 
 def note_first_cuda_use(kernels: str, x: Tensor) -> None:
-    """Under `auto`, warn once when a CUDA tensor meets an absent library: the reference is slower. Free afterwards.
+    """Before the first op on CUDA: load the library if nobody has, warn once if it is absent. Free afterwards.
 
     Raises:
         RuntimeError: the library was built for other GPUs than this one.
+        ConfigError: `reference`, but somebody has loaded the library since the layer was built.
     """
-    if x.is_cuda and kernels != "reference" and not torch.compiler.is_compiling():
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return
+    if kernels == "reference":
+        _refuse_loaded_kernels()
+    else:
         _ext.warn_if_missing()
+
+
+def _refuse_loaded_kernels() -> None:
+    if _ext.status.cache_info().currsize and _ext.status().loaded:
+        raise ConfigError(
+            "kernels: reference, but this process already loaded the CUDA library for another layer; "
+            "set MOE_LAYER_CUDA=0 or build all layers with kernels: reference"
+        )

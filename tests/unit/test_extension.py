@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from moe_layer.ops import _ext
+from moe_layer.errors import ConfigError
+from moe_layer.ops import _ext, kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,3 +108,54 @@ def test_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
         warnings.simplefilter("error")
         _ext.warn_if_missing()
     _ext.warn_if_missing.cache_clear()
+
+
+class OnCuda:
+    """Answers as a CUDA tensor does to whoever only asks where it is."""
+
+    is_cuda = True
+
+
+@functools.cache
+def _loaded() -> _ext.ExtensionStatus:
+    return _ext.ExtensionStatus("loaded", "for this test", {"archs": "90a"})
+
+
+def test_every_door_to_the_ops_loads_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only a layer: a dispatcher alone, and the adapters that call ops on somebody else's tensors."""
+    from moe_layer.compat import megatron, transformer_engine, transformers
+    from moe_layer.config.model import DispatchConfig
+    from moe_layer.dispatch import make_dispatcher
+
+    asked: list[str] = []
+    monkeypatch.setattr(_ext, "status", lambda: asked.append("asked") or _ext.ExtensionStatus("missing", "test"))
+
+    def asks(call: Callable[[], object]) -> bool:
+        asked.clear()
+        with contextlib.suppress(AttributeError, ImportError, ConfigError):  # stand-ins break after the question
+            call()
+        return bool(asked)
+
+    assert asks(lambda: make_dispatcher(DispatchConfig(), num_experts=4, top_k=2, context=None))
+    assert asks(transformers.enable)
+    assert asks(lambda: megatron.MegatronExperts(1, None))
+    for door in (
+        lambda: transformer_engine.fused_topk_with_score_function(OnCuda(), 1, True, None, None, None, "softmax", None),
+        lambda: transformer_engine.fused_compute_score_for_moe_aux_loss(OnCuda(), 1, "softmax"),
+        lambda: kernels.note_first_cuda_use("auto", OnCuda()),
+    ):
+        _ext.warn_if_missing.cache_clear()
+        with pytest.warns(RuntimeWarning, match="CUDA extension not loaded: test"):
+            assert asks(door)
+    _ext.warn_if_missing.cache_clear()
+
+
+def test_reference_is_never_silently_overtaken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer of `kernels: reference`, then somebody loads the library: its next CUDA call says so."""
+    _loaded.cache_clear()
+    monkeypatch.setattr(_ext, "status", _loaded)
+    kernels.note_first_cuda_use("reference", OnCuda())
+    kernels.require_kernels("auto")
+    with pytest.raises(ConfigError, match="kernels: reference, but this process already loaded the CUDA library"):
+        kernels.note_first_cuda_use("reference", OnCuda())
+    kernels.note_first_cuda_use("reference", torch.zeros(1))
