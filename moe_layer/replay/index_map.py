@@ -98,3 +98,12 @@ def _padded(index: Tensor, length: int) -> Tensor:
 def _check_rank(size: int, rank: int) -> None:
     if size < 1 or not 0 <= rank < size:
         raise TraceError(f"rank {rank} must lie in [0, {size})")
+
+
+def inverse_index(index: Tensor, *, rows: int) -> Tensor:
+    """`[rows]`: place in the flattened `index` of each row it names, -1 for rows it does not: for `Recording.trace`."""
+    flat = index.detach().cpu().reshape(-1)
+    places = torch.full((rows,), -1, dtype=torch.int64)
+    used = flat >= 0
+    places[flat[used]] = torch.arange(flat.numel())[used]
+    return places

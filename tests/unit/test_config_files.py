@@ -21,7 +21,8 @@ from tests.unit.config_cases import LAYER, ROOT, RUN, write
 
 jsonschema = pytest.importorskip("jsonschema", reason="the schema is checked with jsonschema: requirements/test.txt")
 
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+# configs/rl is read by scripts/rl_replay.py, whose settings tests/e2e/test_rl_quick.py checks.
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "rl")
 IDS = [str(path.relative_to(ROOT / "configs")) for path in CONFIGS]
 
 # hidden, F, E, K, score, renormalised, scale, groups, group_topk, bias, shared, aux, coefficient

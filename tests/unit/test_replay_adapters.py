@@ -1,0 +1,209 @@
+"""Adapters against golden files: every source gives the same trace; records that lie about themselves are refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from moe_layer import RoutingTrace, TraceError
+from moe_layer.replay.adapters import (
+    LayerAxis,
+    from_megatron,
+    from_megatron_inference,
+    from_nemo_rl,
+    from_prime_rl,
+    from_sglang,
+    from_vllm,
+    record_transformers,
+    to_megatron,
+)
+from tests.unit import replay_wire as wire
+
+LAYERS = ("model.layers.1.mlp", "model.layers.3.mlp")
+AXIS = LayerAxis.of(LAYERS, num_decoder_layers=4)
+SMALL: dict[str, Any] = {"num_experts": 8, "axis": AXIS, "num_tokens": wire.TOKENS}
+LARGE: dict[str, Any] = SMALL | {"num_experts": 300}
+
+
+def golden(name: str) -> Any:
+    return json.loads((wire.FOLDER / f"{name}.json").read_text())
+
+
+def _request(name: str) -> tuple[Any, Any]:
+    data = golden(name)
+    return SimpleNamespace(routed_experts=data["routed_experts"]), SimpleNamespace(**data)
+
+
+def expected(experts: int) -> torch.Tensor:
+    rows = torch.tensor(wire.moe_rows(wire.RUN, experts), dtype=torch.int32)
+    return torch.cat((rows, torch.full((1, 2, 2), -1, dtype=torch.int32)))
+
+
+SOURCES: dict[str, tuple[Callable[[], RoutingTrace], int]] = {
+    "sglang_int32": (lambda: from_sglang(golden("sglang_int32"), top_k=2, **SMALL), 8),
+    "sglang_uint8": (lambda: from_sglang(golden("sglang_uint8"), top_k=2, **SMALL), 8),
+    "sglang_uint16": (lambda: from_sglang(golden("sglang_uint16"), top_k=2, **LARGE), 300),
+    "sglang_tensor": (lambda: from_sglang(golden("sglang_tensor"), top_k=2, **SMALL), 8),
+    "vllm_0_14": (lambda: from_vllm(*_request("vllm_0_14"), **SMALL), 8),
+    "vllm_0_21": (lambda: from_vllm(*_request("vllm_0_21"), **SMALL), 8),
+    "vllm_0_22": (lambda: from_vllm(golden("vllm_0_22")["routed_experts"], **SMALL), 8),
+    "megatron_inference": (
+        lambda: from_megatron_inference(golden("megatron_inference")["moe_topk_indices"], **SMALL),
+        8,
+    ),
+    "prime_rl_uint8": (lambda: from_prime_rl(golden("prime_rl_uint8"), **SMALL), 8),
+    "prime_rl_uint16": (lambda: from_prime_rl(golden("prime_rl_uint16"), **LARGE), 300),
+    "prime_rl_padded": (lambda: from_prime_rl(golden("prime_rl_padded"), recorded_rows=5, **SMALL), 8),
+    "nemo_rl_int8": (lambda: from_nemo_rl(golden("nemo_rl_int8"), **SMALL), 8),
+    "nemo_rl_int16": (lambda: from_nemo_rl(golden("nemo_rl_int16"), **LARGE), 300),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_source_gives_the_same_trace(source: str) -> None:
+    make, experts = SOURCES[source]
+    trace = make()
+    assert trace.spec.layers == LAYERS and trace.lengths == [wire.TOKENS]
+    assert torch.equal(trace.wide_ids(), expected(experts))
+
+
+def test_golden_files_are_what_the_writer_writes() -> None:
+    written = {path.stem: json.loads(path.read_text()) for path in wire.FOLDER.glob("*.json")}
+    assert written == wire.fixtures()
+
+
+def test_megatron_lists_both_ways() -> None:
+    recorded = [torch.tensor(layer) for layer in golden("megatron_recorded")]
+    trace = from_megatron(recorded, num_experts=8, layers=LAYERS)
+    assert torch.equal(trace.wide_ids(), expected(8)[:-1])
+    again = to_megatron(trace.plan(layers=LAYERS))
+    assert all(a.dtype == torch.int64 and torch.equal(a, b) for a, b in zip(again, recorded, strict=True))
+    with pytest.raises(TraceError, match="has no missing slots"):
+        to_megatron(trace.plan(torch.tensor([0, -1])))
+
+
+def test_sglang_turns_are_spliced() -> None:
+    tokens = torch.arange(6)
+    first = from_sglang(golden("sglang_int32"), top_k=2, num_experts=8, axis=AXIS, num_tokens=6, token_ids=tokens).rows(
+        0, 3
+    )
+    later = from_sglang(
+        golden("sglang_start"), top_k=2, num_experts=8, axis=AXIS, num_tokens=5, start=3, token_ids=tokens[3:5]
+    )
+    whole = first.splice(later)
+    assert torch.equal(whole.wide_ids(), expected(8)[:5])
+    whole.plan(tokens=tokens[:5])
+
+
+def _changed(name: str, **changes: Any) -> Any:
+    return copy.deepcopy(golden(name)) | changes
+
+
+def _meta(**changes: Any) -> Any:
+    return from_sglang(_changed("sglang_int32", **changes), top_k=2, **SMALL)
+
+
+def _vllm(name: str, **changes: Any) -> Any:
+    return from_vllm(*_request(name), **(SMALL | changes))
+
+
+LIES: dict[str, tuple[Callable[[], Any], str]] = {
+    "sglang without the field": (lambda: from_sglang({}, top_k=2, **SMALL), "no routed_experts; start the server"),
+    "sglang truncated": (
+        lambda: _meta(routed_experts=golden("sglang_int32")["routed_experts"][:-8]),
+        "does not decode",
+    ),
+    "sglang no base64": (lambda: _meta(routed_experts="!!!!"), "does not decode"),
+    "sglang ignored start": (
+        lambda: from_sglang(golden("sglang_int32"), top_k=2, start=3, **SMALL),
+        "returned 5 rows for 3 tokens",
+    ),
+    "sglang dtype": (lambda: _meta(routed_experts_dtype="float32"), "routed_experts_dtype float32"),
+    "vllm without the field": (lambda: from_vllm(SimpleNamespace(routed_experts=None), **SMALL), "got NoneType"),
+    "vllm too many rows": (lambda: _vllm("vllm_0_14", num_tokens=4), "returned 5 rows for 4 tokens, must be 4 or 3"),
+    "vllm other layers": (lambda: _vllm("vllm_0_14", axis=LayerAxis(("a", "b", "c"))), "has 4 layers, expected 3"),
+    "vllm floats": (lambda: from_vllm(torch.zeros(5, 2, 2), **SMALL), "must be integers"),
+    "vllm stages not gathered": (
+        lambda: from_vllm(
+            torch.tensor(wire.decoder_rows(wire.RUN, 8)) * torch.tensor([1, 1, 1, 0]).view(4, 1), **SMALL
+        ),
+        "'model.layers.3.mlp' is zero in every row",
+    ),
+    "megatron registered twice": (
+        lambda: from_megatron([torch.zeros(2, 2)] * 4, num_experts=8, layers=LAYERS),
+        "recorded 4 routers and 2 layers",
+    ),
+    "megatron layer did not run": (
+        lambda: from_megatron([torch.zeros(2, 2), None], num_experts=8, layers=LAYERS),  # type: ignore[list-item]
+        "nothing for",
+    ),
+    "prime-rl shape": (lambda: from_prime_rl(_changed("prime_rl_uint8", shape=[9, 2, 2]), **SMALL), "does not decode"),
+    "prime-rl dtype": (lambda: from_prime_rl(_changed("prime_rl_uint8", dtype="int64"), **SMALL), "uint8 or uint16"),
+    "prime-rl keys": (lambda: from_prime_rl({"data": ""}, **SMALL), "lacks"),
+    "prime-rl padding as experts": (lambda: from_prime_rl(golden("prime_rl_padded"), **SMALL), "name an expert twice"),
+    "nemo codec": (lambda: from_nemo_rl("nrlre2:int8:1x1x1:AA==", **SMALL), "not a NeMo-RL record"),
+    "nemo dtype": (lambda: from_nemo_rl(golden("nemo_rl_int16"), **SMALL), "uses int8 for 8 experts"),
+    "nemo partial row": (
+        lambda: from_nemo_rl(f"nrlre1:int8:1x2x2:{wire.pack([[[1, -1], [2, 3]]], 'b')}", **(SMALL | {"num_tokens": 1})),
+        "recorded in part",
+    ),
+    "axis of equal numbers": (lambda: LayerAxis.of(["a.1", "b.1"], num_decoder_layers=4), "must differ"),
+    "axis without numbers": (lambda: LayerAxis.of(["a", "b"], num_decoder_layers=4), "exactly one number"),
+}
+
+
+@pytest.mark.parametrize("case", LIES)
+def test_lies_are_refused(case: str) -> None:
+    act, text = LIES[case]
+    with pytest.raises(TraceError, match=text):
+        act()
+
+
+# ---- transformers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe"])
+def test_transformers_generation_records_every_token_but_the_last(family: str) -> None:
+    """Prefill and cached decoding, left padding, and the same routing as one pass over the whole sequences."""
+    pytest.importorskip("transformers", reason="this is the adapter for transformers")
+    from moe_layer.replay.index_map import generation_index, inverse_index
+    from tests.unit.hf_blocks import hf_model
+
+    model = hf_model(family).eval()
+    prompts, mask = torch.randint(1, 64, (2, 4)), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    with record_transformers(model, weights=True) as recording:
+        out = model.generate(
+            prompts, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0
+        )
+    assert out.shape == (2, 9)
+    index = generation_index(mask, steps=4)
+    real = index >= 0
+    flat = torch.where(real, index, -1)[real]
+    rows = 2 * 4 + 4 * 2
+    trace = recording.trace(inverse_index(flat, rows=rows), cu_seqlens=[0, 6, 14], token_ids=out[:, :-1][real])
+    assert trace.lengths == [6, 8], "S - 1 rows"
+    for number, start in enumerate((2, 0)):
+        with record_transformers(model) as whole:
+            model(out[number : number + 1, start:-1])
+        assert torch.equal(whole.trace().ids, trace.sequence(number).ids)
+
+
+def test_transformers_records_once_under_checkpointing() -> None:
+    pytest.importorskip("transformers", reason="this is the adapter for transformers")
+    from tests.unit.hf_blocks import hf_model
+
+    model = hf_model("qwen3_moe").train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    ids = torch.randint(0, 64, (1, 5))
+    with record_transformers(model, exclude=["*.layers.0.*"]) as recording:
+        model(ids, labels=ids).loss.backward()
+    trace = recording.trace()
+    assert trace.num_tokens == 5 and trace.spec.layers == ("model.layers.1.mlp",)
+    with pytest.raises(TraceError, match="has 0 TopKRouters"), record_transformers(torch.nn.Linear(1, 1)):
+        pass
