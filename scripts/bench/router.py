@@ -120,7 +120,7 @@ def host_microseconds(call: Callable[[int], Any], calls: int = 200) -> float:
 
 
 def warm_up(seconds: float = 0.5) -> None:
-    """Matrix products until the clocks are up: an idle H200 starts at 345 MHz, and the first rows would be measured there."""
+    """Matrix products until the clocks are up: an idle H200 stands at 345 MHz and would be measured there."""
     a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
     start = time.perf_counter()
     while time.perf_counter() - start < seconds:
