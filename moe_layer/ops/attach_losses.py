@@ -68,7 +68,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
     for counter, counts in ctx.counters:
         if counter is not None and counts is not None:
-            call_plain(torch.ops.moe_layer.add_counts_, counter, counts)
+            if torch.compiler.is_compiling():
+                torch.ops.moe_layer.add_counts_(counter, counts)
+            else:
+                counter.add_(counts.reshape(counter.shape))
     d_losses = None
     if ctx.needs_input_grad[1]:
         shape, dtype = ctx.losses_like
