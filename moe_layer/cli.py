@@ -14,6 +14,7 @@ COMMANDS = {
     "train": ("moe_layer.train.cli", "train a small MoE language model from a YAML file"),
     "config": ("moe_layer.config.cli", "show, check and document configurations"),
     "convert": ("moe_layer.checkpoint.cli", "convert the MoE blocks of a checkpoint"),
+    "replay": ("moe_layer.replay.cli", "inspect, check, join and compare recorded routing"),
     "plot": ("moe_layer.observe.cli", "draw the expert load of a run"),
     "env": ("moe_layer.observe.cli", "report versions, devices and the state of the native library"),
 }

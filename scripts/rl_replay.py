@@ -65,7 +65,8 @@ def main() -> int:
     results |= {"failures": broken, "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time()}
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     note = plot(results, args.out / "replay.png")
-    log(note or f"wrote {args.out / 'results.json'} and {args.out / 'replay.png'} after {results['seconds']:.0f} s\n  ({results['cpu_seconds']:.0f} s of CPU time)")
+    log(note or f"wrote {args.out / 'results.json'} and {args.out / 'replay.png'}")
+    log(f"{results['seconds']:.0f} s, {results['cpu_seconds']:.0f} s of CPU time")
     for sentence in broken:
         log(f"FAILED: {sentence}")
     return 1 if broken else 0
