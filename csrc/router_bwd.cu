@@ -186,8 +186,11 @@ __device__ __forceinline__ void dense_score(const Backward& p, const Row& at, bo
 enum Kind : int { kSparse, kDenseSoftmax, kDenseScore };
 
 template <int L, int C, int KIND>
-__global__ void __launch_bounds__(kThreads, KIND == kSparse ? 4 : C > 2 ? 1 : KIND == kDenseSoftmax ? 3 : 2)
-    backward_kernel(const __grid_constant__ Backward p) {
+__global__ void __launch_bounds__(
+    kThreads, KIND == kSparse         ? 4
+              : C > 2                 ? 1
+              : KIND == kDenseSoftmax ? 3
+                                      : 2) backward_kernel(const __grid_constant__ Backward p) {
   constexpr int kBucket = L * C * 8, kRows = kWarp / L;
   extern __shared__ __align__(16) float shared[];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = lane / L;
@@ -221,7 +224,8 @@ __global__ void __launch_bounds__(kThreads, KIND == kSparse ? 4 : C > 2 ? 1 : KI
 #pragma unroll
     for (int c = 0; c < C; ++c) {
       const int first = 8 * (c * L + at.gl);
-      const float4 lo = *reinterpret_cast<const float4*>(stage + first), hi = *reinterpret_cast<const float4*>(stage + first + 4);
+      const float4 lo = *reinterpret_cast<const float4*>(stage + first),
+                   hi = *reinterpret_cast<const float4*>(stage + first + 4);
       float out[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
       if constexpr (KIND != kSparse) {
 #pragma unroll

@@ -148,7 +148,8 @@ struct Eight {
       out[3] = __uint_as_float(low.w), out[4] = __uint_as_float(high.x), out[5] = __uint_as_float(high.y);
       out[6] = __uint_as_float(high.z), out[7] = __uint_as_float(high.w);
     } else {
-      pair(low.x, out[0], out[1]), pair(low.y, out[2], out[3]), pair(low.z, out[4], out[5]), pair(low.w, out[6], out[7]);
+      pair(low.x, out[0], out[1]), pair(low.y, out[2], out[3]), pair(low.z, out[4], out[5]),
+          pair(low.w, out[6], out[7]);
     }
   }
 };
@@ -332,7 +333,7 @@ struct Forward {
   double* z_parts;           // [blocks]
   unsigned* ticket;
   double sum_scale, sum_unscale;
-  int warp_words;  // shared memory of one warp, in 4-byte words
+  int warp_words;                  // shared memory of one warp, in 4-byte words
   int64_t tiles_each, tiles_rest;  // tiles of a block; blocks below tiles_rest take one more
 };
 
@@ -361,7 +362,9 @@ __device__ __forceinline__ Tiles tiles_of_block(const Forward& p) {
   return {begin, begin + p.tiles_each + (b < p.tiles_rest ? 1 : 0)};
 }
 
-inline void cut_tiles(Forward& p, int64_t tiles, int blocks) { p.tiles_each = tiles / blocks, p.tiles_rest = tiles % blocks; }
+inline void cut_tiles(Forward& p, int64_t tiles, int blocks) {
+  p.tiles_each = tiles / blocks, p.tiles_rest = tiles % blocks;
+}
 
 // Host launchers, one file each so that they compile in parallel. `blocks` is the size of the grid.
 void launch_forward_plain(const Forward& args, int blocks, cudaStream_t stream, bool overlap);
