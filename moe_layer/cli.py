@@ -47,8 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, CapacityError, DispatchTimeout, RankMismatch, TrainingError) as error:
         if os.environ.get("MOE_LAYER_LOG", "").lower() == "debug":
             raise
-        print(f"moe-layer: {error}", file=sys.stderr)
+        print(f"moe-layer: {_sentence(error)}", file=sys.stderr)
         return 2
+
+
+def _sentence(error: Exception) -> str:
+    """The operating system's errors without their number: "runs/x: Permission denied"."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

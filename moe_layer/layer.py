@@ -47,6 +47,8 @@ class MoELayer(nn.Module):
         super().__init__()
         if not isinstance(config, MoEConfig):
             raise ConfigError(f"config must be a MoEConfig, got {type(config).__name__}; use load_config(path)")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ConfigError(f"dtype must be floating, got {dtype}; use torch.bfloat16 or torch.float32")
         require_kernels(config.kernels)
         self.config = config
         where: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -167,6 +169,8 @@ class MoELayer(nn.Module):
         return torch.sigmoid(self.shared_expert_gate(x_TD)) * y_TD
 
     def _boundaries(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
+        if cu_seqlens is not None:
+            _check_boundaries(cu_seqlens, x.shape[:-1].numel())
         if cu_seqlens is not None or self.config.losses.aux != "sequence":
             return cu_seqlens
         if x.ndim != 3:
@@ -176,12 +180,17 @@ class MoELayer(nn.Module):
         return torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device) * x.shape[1]
 
     def _check_input(self, x: Tensor, valid: Tensor | None) -> None:
+        for name, value in (("x", x), ("valid", valid)):
+            if value is not None and not isinstance(value, Tensor):
+                raise RoutingError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
         note_first_cuda_use(self.config.kernels, x)
         hidden = self.config.hidden_size
         if x.ndim < 1 or x.shape[-1] != hidden:
             raise RoutingError(f"x must be [..., {hidden}] (hidden_size), got {tuple(x.shape)}")
         if not x.is_floating_point():
             raise RoutingError(f"x must be floating, got {x.dtype}; embed token ids first")
+        if self.router.weight.is_meta:
+            raise RoutingError('the layer is on device "meta"; call to_empty(device=...) and reset_parameters() first')
         if x.device != self.router.weight.device:
             raise RoutingError(f"x is on {x.device} and the layer on {self.router.weight.device}; move one of them")
         if valid is not None and (valid.dtype != torch.bool or valid.shape != x.shape[:-1]):
@@ -193,8 +202,14 @@ class MoELayer(nn.Module):
 
     def set_loss_scale(self, scale: Tensor | float) -> None:
         """Factor on the attached losses' gradients (AMP loss scale, 1 / accumulation steps); stays on the device."""
+        if not isinstance(scale, Tensor):
+            scale = torch.tensor(float(scale))
+            if not bool(torch.isfinite(scale)):
+                raise ValueError(f"scale must be finite, got {float(scale)}; it multiplies the losses' gradients")
+        if scale.numel() != 1:
+            raise ValueError(f"scale must be one number, got a tensor of shape {tuple(scale.shape)}")
         with torch.no_grad():
-            self.router.loss_scale.copy_(torch.as_tensor(scale))
+            self.router.loss_scale.copy_(scale.reshape(()))
 
     def update_bias(self) -> None:
         """Step `expert_bias` by the load since the last call (all ranks together). No-op without a bias, in eval,
@@ -216,6 +231,8 @@ class MoELayer(nn.Module):
 
     def warmup(self, num_tokens: int = 128) -> None:
         """Load and compile every kernel for this layer by one throw-away forward pass."""
+        if num_tokens < 0:
+            raise ValueError(f"num_tokens must be at least 0, got {num_tokens}")
         weight = self.router.weight
         with torch.no_grad():
             self(torch.zeros(num_tokens, self.config.hidden_size, dtype=weight.dtype, device=weight.device))
@@ -228,3 +245,21 @@ class MoELayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.bind(None, layer_index=self.layer_index)
+
+
+def _check_boundaries(cu_seqlens: Tensor, num_tokens: int) -> None:
+    """Values are looked at on CPU only, where that costs no synchronisation; elsewhere the op stays inside [0, T]."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1:
+        found = (
+            f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+            if isinstance(cu_seqlens, Tensor)
+            else type(cu_seqlens).__name__
+        )
+        raise RoutingError(f"cu_seqlens must be an int32 tensor [S+1], got {found}")
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling() or not len(cu_seqlens):
+        return
+    if int(cu_seqlens[0]) < 0 or int(cu_seqlens[-1]) > num_tokens or bool((cu_seqlens.diff() < 0).any()):
+        raise RoutingError(
+            f"cu_seqlens must rise from 0 to at most {num_tokens} (the tokens of x), got {cu_seqlens.tolist()[:8]}; "
+            "pass the boundaries of the sequences, 0 first"
+        )

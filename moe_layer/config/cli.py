@@ -20,7 +20,7 @@ def add_parser(subparsers: Any) -> None:
     commands = parser.add_subparsers(dest="config_command", required=True, metavar="COMMAND")
     show = commands.add_parser("show", help="print every value of a configuration with its origin")
     show.add_argument("config", help="a YAML file or the name of a preset")
-    show.add_argument("overrides", nargs="*", metavar="key=value", help="such as router.top_k=4")
+    show.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as router.top_k=4")
     show.add_argument("--yaml", action="store_true", help="print resolved YAML instead of the table")
     show.set_defaults(handler=show_config)
     check = commands.add_parser("check", help="check files and report every problem")

@@ -150,6 +150,8 @@ def _apply_overrides(root: Node, overrides: Overrides, kind: type, problems: Pro
         raise ConfigError(f"overrides must be a list of key=value strings or a mapping, got the string {overrides!r}")
     for item in overrides.items() if isinstance(overrides, Mapping) else overrides:
         try:
+            if not isinstance(item, str | tuple):
+                raise ConfigError(f"expected a string such as 'router.top_k=4', got {item!r}")
             key, text = _split(item) if isinstance(item, str) else _as_yaml(*item)
             root = merge(root, _override(key, text, kind, problems))
         except ConfigError as error:

@@ -48,7 +48,7 @@ def obstacle(
 ) -> str | None:
     """Why QuACK cannot run experts like these, with the remedy; None when it can."""
     if not is_hopper(device):
-        return f"QuACK's pinned tiles are for Hopper GPUs and the experts are on another {device.type} device"
+        return f"QuACK's pinned tiles are for Hopper GPUs and the experts are on {device}"
     if dtype != torch.bfloat16:
         return f"QuACK's tiles are for bfloat16, not {dtype}; use bfloat16 or autocast"
     if activation != "swiglu" or bias:

@@ -20,6 +20,8 @@ def add_parser(subparsers: Any) -> None:
 def _plot(arguments: argparse.Namespace) -> int:
     from moe_layer.observe.plots import plot_run
 
+    if not (arguments.run / "metrics.jsonl").is_file():
+        raise OSError(f"{arguments.run} has no metrics.jsonl; give the folder of a run (moe-layer train --out)")
     try:
         print(plot_run(arguments.run, out=arguments.out))
     except ImportError as error:

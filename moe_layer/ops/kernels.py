@@ -22,7 +22,10 @@ def require_kernels(kernels: str) -> None:
         return _refuse_loaded_kernels()
     status = _ext.status()
     if kernels == "cuda" and not status.loaded:
-        raise ConfigError(f"kernels: cuda is not possible: {status.sentence()}, or set kernels: auto")
+        raise ConfigError(
+            f"kernels: cuda is not possible, {status.reason}; build the library with {_ext.REBUILD}, "
+            "or set kernels: auto"
+        )
 
 
 def note_first_cuda_use(kernels: str, x: Tensor) -> None:

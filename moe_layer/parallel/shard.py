@@ -49,7 +49,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> ParallelContext:
         ConfigError: the mesh has no `ep`, the model no MoELayer, or the experts do not split.
         RankMismatch: the ranks' configurations differ.
     """
-    names = mesh.mesh_dim_names or ()
+    names = getattr(mesh, "mesh_dim_names", None) or ()
     if "ep" not in names or not set(names) <= {"dp", "ep"}:
         raise ConfigError(
             f'mesh must have dimensions named "dp" and "ep", got {names}; use init_device_mesh(device, (dp, ep), '

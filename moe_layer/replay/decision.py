@@ -25,7 +25,10 @@ def as_decision(
         return None
     decision = replay if isinstance(replay, RoutingDecision) else RoutingDecision(ids=replay)
     if not isinstance(decision.ids, Tensor):
-        raise RoutingError(f"replay must be a RoutingDecision or an integer tensor, got {type(replay).__name__}")
+        raise RoutingError(
+            f"replay must be a RoutingDecision or an integer tensor, got {type(replay).__name__}; "
+            "of a Routing, pass RoutingDecision(routing.ids_TK)"
+        )
     num_tokens = tokens.numel()
     allowed = ((*tokens, top_k), (num_tokens, top_k))
     ids = decision.ids

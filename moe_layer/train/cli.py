@@ -16,7 +16,9 @@ def add_parser(subparsers: Any) -> None:
         description="Train from a YAML file. With torchrun: torchrun --nproc-per-node N -m moe_layer train CONFIG ...",
     )
     parser.add_argument("config", help="YAML file, such as configs/train/tiny.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=50 optimizer.lr=1e-3")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="such as train.steps=50 optimizer.lr=1e-3"
+    )
     parser.add_argument("--out", type=Path, help="run directory (default runs/<name>)")
     parser.add_argument("--resume", metavar="X", help="run directory or checkpoint to continue; auto: newest of --out")
     parser.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs and memory; train nothing")
