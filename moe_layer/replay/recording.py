@@ -55,6 +55,8 @@ class Recording:
     def _check_calls(self) -> None:
         """Every layer has run over the same tokens, else rows cannot be lined up."""
         shapes = [tuple(call[0].shape[0] for call in calls) for calls in self._calls]
+        if not any(shapes):
+            raise TraceError("no layer ran inside record(); run the model in it before the block ends")
         for name, shape in zip(self.spec.layers, shapes, strict=True):
             if shape != shapes[0] or not shape:
                 raise TraceError(

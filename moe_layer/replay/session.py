@@ -228,6 +228,10 @@ class RoutingSession:
 
     @contextmanager
     def _open(self, run: Run) -> Iterator[None]:
+        if any(router.routing_tap is not tap for router, tap in zip(self._routers, self._taps, strict=True)):
+            raise RoutingError(
+                "this session was closed, or the model has another one; make a new RoutingSession(model)"
+            )
         frame = (self._top() or Frame()).within(run)
         with self._pushed(frame):
             yield

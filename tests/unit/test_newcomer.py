@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from moe_layer import MoELayer, load_config, parallelize
+from moe_layer import MoELayer, RoutingSession, load_config, parallelize
 from moe_layer.cli import main
 from moe_layer.config import MoEConfig
-from moe_layer.errors import ConfigError, RoutingError
+from moe_layer.errors import ConfigError, RoutingError, TraceError
 
 TINY = ["hidden_size=16", "router.num_experts=4", "router.top_k=2", "experts.intermediate_size=8"]
 
@@ -68,6 +68,19 @@ def test_padding_after_the_last_sequence_is_allowed() -> None:
 def test_calls(call: Callable[[], object], kind: type[Exception], text: str) -> None:
     with pytest.raises(kind, match=text):
         call()
+
+
+def test_sessions() -> None:
+    layer, x = MoELayer(config()), torch.randn(3, 16)
+    session = RoutingSession(layer)
+    with pytest.raises(TraceError, match="no layer ran inside record"), session.record():
+        pass
+    with session.record() as recording:
+        layer(x)
+    session.close()
+    for block in (session.record(), session.replay(recording.trace())):
+        with pytest.raises(RoutingError, match="this session was closed"), block:
+            layer(x)
 
 
 @pytest.mark.parametrize(
