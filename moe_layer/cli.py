@@ -16,6 +16,7 @@ COMMANDS = {
     "convert": ("moe_layer.checkpoint.cli", "convert the MoE blocks of a checkpoint"),
     "replay": ("moe_layer.replay.cli", "inspect, check, join and compare recorded routing"),
     "plot": ("moe_layer.observe.cli", "draw the expert load of a run"),
+    "bench": ("moe_layer.observe.bench", "run a benchmark (source checkout)"),
     "env": ("moe_layer.observe.cli", "report versions, devices and the state of the native library"),
 }
 """Command -> (module with `add_parser(subparsers)`, one-line help). A parser sets `handler(args) -> exit code`."""
