@@ -2,6 +2,7 @@
 control.
 
     python scripts/rl_replay.py configs/rl/tiny.yaml --seed 0 --out runs/rl_replay [--quick] [--device cuda]
+    [grpo.rollout=fp8_1x128 ...]
 
 A transformers Qwen3-MoE model is trained from scratch on a synthetic grammar, then generates with a KV cache and
 records its
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 import transformers
 from rl.grpo import train
-from rl.report import failures, grpo_table, plot
+from rl.report import MARKER, failures, grpo_table, markdown, plot
 from rl.scoring import score_all
 from rl.settings import Settings, load_settings
 from rl.task import Grammar, pretrain
@@ -46,10 +47,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--doc", type=Path, help="page whose figures are replaced, such as docs/replay.md")
     parser.add_argument("--shapes", default="", help="comma-separated names, default all")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as grpo.rollout=fp8_1x128 grpo.trainer=bf16"
+    )
     args = parser.parse_args()
     try:
-        settings = load_settings(args.config, quick=args.quick)
+        settings = load_settings(args.config, quick=args.quick, overrides=args.overrides)
     except (ConfigError, OSError) as error:
         sys.stderr.write(f"rl_replay: {error}\n")
         return 2
@@ -64,6 +69,8 @@ def main() -> int:
         broken += failures(name, results["shapes"][name]["scoring"], results["shapes"][name]["grpo"])
     results |= {"failures": broken, "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time()}
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    if args.doc is not None:
+        args.doc.write_text(args.doc.read_text().split(MARKER)[0] + MARKER + "\n\n" + markdown(results))
     note = plot(results, args.out / "replay.png")
     log(note or f"wrote {args.out / 'results.json'} and {args.out / 'replay.png'}")
     log(f"{results['seconds']:.0f} s, {results['cpu_seconds']:.0f} s of CPU time")

@@ -357,10 +357,19 @@ class _Both:
 
 
 def find_routers(model: nn.Module) -> dict[str, Any]:
-    """Module path of each MoE block -> its router."""
+    """Module path of each MoE block -> its router.
+
+    Raises:
+        RoutingError: two paths that differ only in wrappers.
+    """
     found: dict[str, Any] = {}
     for path, module in model.named_modules():
         if hasattr(module, "routing_tap"):
             parts = [part for part in path.split(".")[:-1] if part not in WRAPPERS]
-            found[".".join(parts) or "."] = module
+            name = ".".join(parts) or "."
+            if name in found:
+                raise RoutingError(
+                    f"two MoE layers are named {name!r} without their wrappers {WRAPPERS}; rename one of them"
+                )
+            found[name] = module
     return found

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rl.scoring import VARIANTS, mean
+from rl.scoring import VARIANTS, factor_range, mean
 
 CURVES = (("reward", "reward"), ("kl", "KL rollout, trainer"), ("max_ratio", "max ratio"), ("clip_fraction", "clipped"))
 
@@ -68,6 +68,66 @@ def grpo_table(records: list[dict[str, Any]]) -> str:
             f"{100 * average['clip_fraction']:6.2f}%  {100 * average['mismatch']:5.2f}%  "
             f"{100 * average['token_mismatch']:5.1f}%  "
             f"{rows[0]['reward']:.3f} -> {rows[-1]['reward']:.3f}"
+        )
+    return "\n".join(lines)
+
+
+MARKER = "<!-- figures: written by scripts/rl_replay.py --doc -->"
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The figures of a run, for docs/replay.md."""
+    environment = results["environment"]
+    parts = [
+        f"Last run: torch {environment['torch']}, transformers {environment['transformers']}, {environment['device']}, "
+        f"{environment['threads']} thread, seed {environment['seed']}, {results['seconds'] / 60:.0f} minutes."
+    ]
+    for name, shape in results["shapes"].items():
+        model = results["settings"]["shapes"][name]
+        parts += [
+            f"**{name}**: {model['layers']} layers, top-{model['top_k']} of {results['settings']['experts']}, "
+            f"ffn {model['ffn']}, "
+            f"{model['steps']} steps.",
+            _scoring_rows(shape["scoring"]),
+            _grpo_rows(shape["grpo"]),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _scoring_rows(scoring: list[dict[str, Any]]) -> str:
+    lines = [
+        "| rollout -> trainer | routers differ | tokens touched | KL live | KL R3 | live / R3 [seeds] | KL "
+        "straight-through | "
+        "KL shifted | max ratio live -> R3 |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for precision, records in by_precision(scoring).items():
+        routers, tokens = (fmean(r["metrics"][key] for r in records) for key in ("mismatch", "token_mismatch"))
+        kl = {variant: f"{mean(records, variant, 'kl'):.1e}" for variant in VARIANTS}
+        low, high = factor_range(records)
+        factor = f"{low:.1f} to {high:.1f}" if routers > 0 else "no mismatch"
+        ratios = [max(r["variants"][variant]["max_ratio"] for r in records) for variant in ("live", "R3")]
+        lines.append(
+            f"| {precision} | {100 * routers:.2f}% | {100 * tokens:.1f}% | {kl['live']} | {kl['R3']} | {factor} | "
+            f"{kl['R3_straight_through']} | {kl['shifted']} | {ratios[0]:.2f} -> {ratios[1]:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def _grpo_rows(grpo: list[dict[str, Any]]) -> str:
+    lines = [
+        "| GRPO mode | KL | max ratio | clipped | routers differ | tokens touched | reward first -> last |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for mode, rows in _by_mode(grpo).items():
+        average = {
+            key: fmean(row[key] for row in rows) for key in ("kl", "clip_fraction", "mismatch", "token_mismatch")
+        }
+        lines.append(
+            f"| {mode} | {average['kl']:.1e} | {max(r['max_ratio'] for r in rows):.2f} | "
+            f"{100 * average['clip_fraction']:.2f}% | "
+            f"{100 * average['mismatch']:.2f}% | {100 * average['token_mismatch']:.1f}% | "
+            f"{rows[0]['reward']:.3f} -> {rows[-1]['reward']:.3f} |"
         )
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,8 +68,11 @@ class Settings:
     grpo: Grpo
 
 
-def load_settings(path: Path, *, quick: bool) -> Settings:
+def load_settings(path: Path, *, quick: bool, overrides: Sequence[str] = ()) -> Settings:
     """
+    Args:
+        overrides: `grpo.rollout=fp8_1x128`, applied last.
+
     Raises:
         ConfigError: unknown or missing keys, R2 and R3 in one mode, precisions nobody knows.
     """
@@ -77,6 +81,15 @@ def load_settings(path: Path, *, quick: bool) -> Settings:
     if quick:
         for name, part in changes.items():
             document[name] = part if name == "shapes" or not isinstance(part, dict) else {**document[name], **part}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        *parents, leaf = key.split(".")
+        part = document
+        for parent in parents:
+            part = part.get(parent, {})
+        if leaf not in part:
+            raise ConfigError(f"override {override!r}: there is no key {key}")
+        part[leaf] = yaml.safe_load(value)
     shapes = {name: _part(Shape, part, f"shapes.{name}") for name, part in document.pop("shapes").items()}
     parts: dict[str, Any] = {
         "pretrain": _part(Pretrain, document.pop("pretrain"), "pretrain"),
@@ -88,6 +101,7 @@ def load_settings(path: Path, *, quick: bool) -> Settings:
         check_mode(mode)
     for precision in settings.scoring.precisions:
         split_precision(precision)
+    split_precision(f"{settings.grpo.rollout}->{settings.grpo.trainer}")
     if (settings.grpo.prompts * settings.grpo.group) % settings.grpo.mini_batches:
         raise ConfigError("grpo.mini_batches must divide prompts * group; choose another number")
     return settings

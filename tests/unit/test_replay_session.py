@@ -579,3 +579,15 @@ def test_transformers_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         loss.backward()
         found.append(grads(model))
     assert_same(*found)
+
+
+def test_capacity_is_refused_unless_allowed_and_ids_are_recorded_before_it() -> None:
+    model = make_model(capacity_factor=0.25)
+    trace = record(model, batch())
+    assert bool((trace.wide_ids() >= 0).all()), "what capacity drops is recorded all the same"
+    with pytest.raises(RoutingError, match=r"replay with router\.capacity_factor 0\.25 would drop replayed slots"):
+        _replay(model, trace)
+    allowed = make_model(capacity_factor=0.25, replay=ReplayConfig(allow_capacity=True))
+    with RoutingSession(allowed) as session, session.replay(trace):
+        y = allowed(batch())
+    assert torch.equal(y, allowed(batch()))
