@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import transformers
 from rl.grpo import train
-from rl.report import MARKER, failures, grpo_table, markdown, plot
+from rl.report import MARKER, failures, grpo_table, markdown, plot, rounded
 from rl.scoring import score_all
 from rl.settings import Settings, load_settings
 from rl.task import Grammar, pretrain
@@ -68,9 +68,11 @@ def main() -> int:
         results["shapes"][name] = run_shape(settings, name, seed=args.seed, device=torch.device(args.device))
         broken += failures(name, results["shapes"][name]["scoring"], results["shapes"][name]["grpo"])
     results |= {"failures": broken, "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time()}
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    results = rounded(results)
+    (args.out / "results.json").write_text(json.dumps(results) + "\n")
     if args.doc is not None:
         args.doc.write_text(args.doc.read_text().split(MARKER)[0] + MARKER + "\n\n" + markdown(results))
+        (args.doc.parent / "benchmarks/rl_replay.json").write_text(json.dumps(results) + "\n")
     note = plot(results, args.out / "replay.png")
     log(note or f"wrote {args.out / 'results.json'} and {args.out / 'replay.png'}")
     log(f"{results['seconds']:.0f} s, {results['cpu_seconds']:.0f} s of CPU time")

@@ -75,6 +75,15 @@ def grpo_table(records: list[dict[str, Any]]) -> str:
 MARKER = "<!-- figures: written by scripts/rl_replay.py --doc -->"
 
 
+def rounded(value: Any) -> Any:
+    """Six significant digits everywhere, so that the stored run and the page agree."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def markdown(results: dict[str, Any]) -> str:
     """The figures of a run, for docs/replay.md."""
     environment = results["environment"]
