@@ -10,7 +10,7 @@ routing; the trainer is a copy with our blocks. First one policy is scored under
 GRPO runs
 in each mode. Writes results.json and replay.png; exits with 1 when a promise does not hold. Both model shapes are
 shown,
-because the benefit depends on the model far more than on anything else.
+because the benefit depends on the model and the precision.
 """
 
 from __future__ import annotations

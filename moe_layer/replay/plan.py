@@ -43,11 +43,15 @@ class RoutingPlan:
         return self.ids.device
 
     def decision(self, layer: int, start: int = 0, stop: int | None = None) -> RoutingDecision:
-        """Rows `[start, stop)` of a layer for the router: int32 ids `[T, K]`, -1 = missing. No host synchronisation."""
+        """Rows `[start, stop)` of a layer for the router `[T, K]`; no host synchronisation.
+
+        Ids are int32 with -1 for missing slots, or as they are stored when every slot is recorded (routers widen on load).
+        """
         rows = slice(start, stop)
-        ids_TK = self.ids[layer, rows].to(torch.int32)
+        ids_TK = self.ids[layer, rows]
         if self.valid is not None:
-            ids_TK = torch.where(unpack_bits(self.valid[layer, rows], self.spec.top_k), ids_TK, -1)
+            recorded_TK = unpack_bits(self.valid[layer, rows], self.spec.top_k)
+            ids_TK = torch.where(recorded_TK, ids_TK.to(torch.int32), -1)
         return RoutingDecision(ids_TK, weights=None if self.weights is None else self.weights[layer, rows])
 
     def to(self, device: torch.device | str) -> RoutingPlan:

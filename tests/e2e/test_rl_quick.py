@@ -105,3 +105,13 @@ def test_wrong_settings(tmp_path: Path, old: str, new: str, text: str) -> None:
     (tmp_path / "a.yaml").write_text(source)
     with pytest.raises(ConfigError, match=text):
         load_settings(tmp_path / "a.yaml", quick=False)
+
+
+def test_overrides() -> None:
+    settings = load_settings(
+        CONFIG, quick=False, overrides=["grpo.rollout=fp8_1x128", "grpo.trainer=bf16", "shapes.A.steps=3"]
+    )
+    assert (settings.grpo.rollout, settings.grpo.trainer, settings.shapes["A"].steps) == ("fp8_1x128", "bf16", 3)
+    for wrong, text in (("grpo.nothing=1", "there is no key"), ("grpo.trainer=fp8", "must be ROLLOUT->TRAINER")):
+        with pytest.raises(ConfigError, match=text):
+            load_settings(CONFIG, quick=True, overrides=[wrong])

@@ -45,7 +45,10 @@ def test_round_trip_of_every_dtype(tmp_path: Path, suffix: str, experts: int) ->
 def test_all_256_codes() -> None:
     ids = torch.arange(256).view(256, 1, 1)
     trace = RoutingTrace.from_ids(ids, num_experts=256, layers=["a"])
-    assert torch.equal(trace.plan().decision(0).ids, ids[:, 0].int())
+    complete = trace.plan().decision(0).ids
+    assert complete.dtype == torch.uint8 and torch.equal(complete.long(), ids[:, 0])
+    padded = trace.plan(torch.tensor([255, -1, 0])).decision(0).ids
+    assert padded.dtype == torch.int32 and padded.flatten().tolist() == [255, -1, 0]
 
 
 def test_optional_columns_and_bytes_per_token(tmp_path: Path) -> None:
