@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -77,6 +78,12 @@ class _RoundToWire(torch.autograd.Function):
 def finish(sum_TD: Tensor, add: Tensor | None, *, dtype: torch.dtype) -> Tensor:
     """fp32 (or fp64) tree sum plus the shared expert's output, rounded once to `dtype`."""
     return (sum_TD if add is None else sum_TD + add.to(sum_TD.dtype)).to(dtype)
+
+
+def homeward(received: Received, *, dtype: torch.dtype, weights_TK: Tensor) -> Received:
+    """The same call with other values for its way home: rows that travelled as bytes return as `dtype`, and
+    `apply_probs: source` multiplies by `weights_TK`. Every backend's state has these two fields."""
+    return replace(received, state=replace(received.state, dtype=dtype, weights_TK=weights_TK))
 
 
 def padded_rows(slots: int, *, num_local: int, alignment: int) -> int:
