@@ -20,7 +20,7 @@ REJECTED: tuple[tuple[str, str], ...] = (
         "or losses.aux",
     ),
     (r"latent", "latent MoE is not in this version; experts work at hidden_size, so remove this"),
-    (r"nvfp4|mxfp|fp4", "NVFP4 and MXFP formats are not in this version; use input, bf16 or fp32"),
+    (r"nvfp4|mxfp|fp4", "NVFP4 and MXFP formats are not in this version; use input, fp8_1x128, bf16 or fp32"),
     (
         r"expert_tensor_parallel|expert_tp|(^|_)etp(_|$)",
         "expert tensor parallelism is not in this version; shard whole experts with parallel.ep",

@@ -12,6 +12,7 @@ from moe_layer.dispatch.all_gather import AllGatherRoute
 from moe_layer.dispatch.all_to_all import AllToAllRoute
 from moe_layer.dispatch.base import Dispatcher
 from moe_layer.dispatch.exchange import ExchangeDispatcher
+from moe_layer.dispatch.formats import TokenFormat, check_format, describe_format
 from moe_layer.dispatch.local import LocalDispatcher
 from moe_layer.dispatch.plan import check_divisible, make_plan
 from moe_layer.dispatch.replicated import ReplicatedRoute
@@ -24,7 +25,7 @@ from moe_layer.types import DispatchPlan
 if TYPE_CHECKING:
     from moe_layer.parallel.context import ParallelContext
 
-__all__ = ["Dispatcher", "make_dispatcher", "make_plan"]
+__all__ = ["Dispatcher", "TokenFormat", "make_dispatcher", "make_plan"]
 
 
 def make_dispatcher(
@@ -35,27 +36,32 @@ def make_dispatcher(
     context: ParallelContext | None,
     layer_index: int = 0,
     kernels: str = "auto",
+    token_format: TokenFormat | None = None,
 ) -> Dispatcher:
     """The backend that `config` names; `context` None means one rank.
 
     At more than one rank this is a collective call: the ranks compare their static facts. `kernels` as in `MoEConfig`:
-    a dispatcher without a layer loads the compiled library too.
+    a dispatcher without a layer loads the compiled library too. `token_format` stands in for `dispatch_format: input`.
 
     Raises:
-        ConfigError: the experts do not split over the ranks, or the backend does not fit the number of ranks.
+        ConfigError: the experts do not split over the ranks, or the backend does not fit the number of ranks, or the
+            token format does not fit the configuration.
         RankMismatch: ranks were given different configurations.
     """
     if not torch.compiler.is_compiling():  # loading is not for a graph
         require_kernels(kernels)
     ranks = 1 if context is None else context.ep_size
     check_divisible(num_experts, ranks)
+    check_format(config, token_format)
     backend = config.backend
     if backend == "auto":
         backend = "local" if ranks == 1 else "all_to_all"
     if backend == "local" and ranks > 1:
         raise ConfigError(f"dispatch.backend local serves one rank, parallel.ep is {ranks}; use auto or all_to_all")
     if context is None or ranks == 1:
-        return LocalDispatcher(config, num_experts=num_experts, top_k=top_k, layer_index=layer_index)
+        return LocalDispatcher(
+            config, num_experts=num_experts, top_k=top_k, layer_index=layer_index, token_format=token_format
+        )
 
     def open_route(link: Link, plan: DispatchPlan) -> Route:
         if backend == "replicated":
@@ -63,6 +69,7 @@ def make_dispatcher(
         return AllGatherRoute(link, plan) if backend == "all_gather" else AllToAllRoute(link, plan)
 
     facts = static_facts(config, num_experts=num_experts, top_k=top_k, layer_index=layer_index, ranks=ranks)
+    facts["token_format"] = describe_format(token_format)
     link = Link(context, layer=layer_index, config_hash=facts_hash(facts), deadline_s=config.deadline_s)
     agree(link, facts)
     return ExchangeDispatcher(
@@ -72,4 +79,5 @@ def make_dispatcher(
         link=link,
         open_route=open_route,
         probs_at_home=config.apply_probs == "source" and backend != "replicated",
+        token_format=token_format,
     )

@@ -21,6 +21,7 @@ from torch import Tensor
 from moe_layer.config.model import DispatchConfig
 from moe_layer.dispatch.arrange import Arrangement, arrange, gather_slots, scatter_slots
 from moe_layer.dispatch.base import finish, round_to_wire, wire_dtype
+from moe_layer.dispatch.formats import InputFormat, TokenFormat, encode_rows, format_for, round_gradient
 from moe_layer.dispatch.plan import make_plan
 from moe_layer.dispatch.route import Pending, Route, pick_home, sum_home
 from moe_layer.dispatch.source import SlotTrip
@@ -36,6 +37,7 @@ class Call:
     """State of one dispatch and its combine: created by dispatch_send, carried by handles and `Received`, never shared.
 
     Attributes:
+        format: of the rows that travel out; `dual()` is that of the d(sum) rows in combine's backward.
         pending: the trip under way between a send and its recv (one per direction, forward or backward).
         dropped_TR: bool, set by combine_recv under `overflow: drop`: pairs whose rank had no room.
     """
@@ -46,6 +48,7 @@ class Call:
     plan: DispatchPlan
     dtype: torch.dtype
     weights_dtype: torch.dtype
+    format: TokenFormat
     weights_TK: Tensor | None = None
     arranged: Arrangement | None = None
     dropped_TR: Tensor | None = None
@@ -54,6 +57,10 @@ class Call:
     @property
     def wire(self) -> torch.dtype:
         return wire_dtype(self.dispatcher.config, self.dtype)
+
+    def dual(self, rows: Tensor) -> TokenFormat:
+        d = self.dispatcher
+        return format_for(d.config, d.token_format, hidden=rows.shape[1], dtype=self.dtype)
 
     def rank_TK(self) -> Tensor:
         """Owner of each slot, -1 when absent."""
@@ -73,6 +80,7 @@ class ExchangeDispatcher:
         link: Link,
         open_route: Callable[[Link, DispatchPlan], Route],
         probs_at_home: bool,
+        token_format: TokenFormat | None = None,
     ) -> None:
         self.config = config
         self.num_experts, self.top_k = num_experts, top_k
@@ -81,6 +89,7 @@ class ExchangeDispatcher:
         self.blocks = reduction_blocks(num_experts)
         self.link = link
         self.open_route = open_route
+        self.token_format = token_format
         self.probs_at_home = probs_at_home  # apply_probs: source, unless the weights are known everywhere anyway
 
     def prepare(self, ids_TK: Tensor) -> DispatchPlan:
@@ -90,7 +99,9 @@ class ExchangeDispatcher:
     def dispatch_send(self, x_TD: Tensor, routing: Routing, plan: DispatchPlan | None = None) -> tuple[Call, Tensor]:
         plan = self.prepare(routing.ids_TK) if plan is None else plan
         self._check_input(x_TD, routing)
-        call = Call(self, self.open_route(self.link, plan), self.link, plan, x_TD.dtype, routing.weights_TK.dtype)
+        form = format_for(self.config, self.token_format, hidden=x_TD.shape[1], dtype=x_TD.dtype)
+        route, weights_dtype = self.open_route(self.link, plan), routing.weights_TK.dtype
+        call = Call(self, route, self.link, plan, x_TD.dtype, weights_dtype, form)
         if self.probs_at_home:
             call.weights_TK = routing.weights_TK
         return call, _DispatchSend.apply(x_TD, routing.weights_TK, call)
@@ -122,14 +133,17 @@ class ExchangeDispatcher:
     def combine_send(self, rows: Tensor, received: Received) -> tuple[Any, Tensor]:
         call: Call = received.state
         if self.probs_at_home:
-            trip: Any = SlotTrip(call)
+            trip: Any = SlotTrip(call, dual=call.dual(rows))
         elif self.config.apply_probs == "activation":
-            trip = PartialTrip(call, wire=call.wire)
+            trip = PartialTrip(call, wire=call.wire, dual=call.dual(rows))
         else:
+            dual = call.dual(rows)
             wide, source = torch.promote_types(rows.dtype, torch.float32), self.config.apply_probs == "source"
-            rows = round_to_wire(rows, call.wire) if source else rows  # the same rounding as rows that travel home
+            if source:  # the same roundings as rows that travel home, and their gradients back
+                rows = round_gradient(round_to_wire(rows, call.wire), dual, dtype=call.dtype)
+                dual = InputFormat(rows.shape[1], call.dtype)
             rows = rows.to(wide) * received.probs_N.to(wide).unsqueeze(1)
-            trip = PartialTrip(call, wire=wide if source else call.wire)
+            trip = PartialTrip(call, wire=wide if source else call.wire, dual=dual)
         return trip, _CombineSend.apply(rows, trip)
 
     @torch.compiler.disable(reason="dispatch over several ranks talks to its peers: a documented graph break")
@@ -166,11 +180,11 @@ class ExchangeDispatcher:
 
 
 class PartialTrip:
-    """Combine with one pre-reduced row per (token, rank)."""
+    """Combine with one pre-reduced row per (token, rank); `wire`: their dtype, `dual`: format of the d(sum) rows."""
 
-    def __init__(self, call: Call, *, wire: torch.dtype) -> None:
+    def __init__(self, call: Call, *, wire: torch.dtype, dual: TokenFormat) -> None:
         self.call = call
-        self.wire = wire
+        self.wire, self.dual = wire, dual
 
     def send(self, rows_ND: Tensor) -> None:
         call, d = self.call, self.call.dispatcher
@@ -198,11 +212,13 @@ class PartialTrip:
 
     def send_back(self, d_sum_TD: Tensor, saved: tuple[Tensor, ...]) -> None:
         call = self.call
-        call.pending["combine backward"] = call.route.out(call.link.at("combine backward"), [d_sum_TD.to(call.dtype)])
+        payload = encode_rows(self.dual, d_sum_TD.to(call.dtype))
+        call.pending["combine backward"] = call.route.out(call.link.at("combine backward"), payload)
         return None
 
     def receive_back(self, dtype: torch.dtype) -> Tensor:
-        (d_part_CD,) = self.call.pending.pop("combine backward").wait()
+        payload = self.call.pending.pop("combine backward").wait()
+        d_part_CD = self.dual.decode(payload, dtype=self.call.dtype)
         assert self.call.arranged is not None
         return gather_rows(d_part_CD, self.call.arranged.compact_N).to(dtype)
 
@@ -213,7 +229,7 @@ class _DispatchSend(torch.autograd.Function):
         ctx.call = call
         token_T1 = torch.arange(x_TD.shape[0], dtype=torch.int32, device=x_TD.device).unsqueeze(1)
         # ids travel plus one, so that the zero rows of a padded gather mean "absent"
-        tensors = [x_TD, torch.cat((call.plan.ids_TK + 1, token_T1), dim=1)]
+        tensors = [*encode_rows(call.format, x_TD), torch.cat((call.plan.ids_TK + 1, token_T1), dim=1)]
         if not call.dispatcher.probs_at_home:
             tensors.append(weights_TK)
         call.pending["dispatch"] = call.route.out(call.link.at("dispatch"), tensors)
@@ -234,15 +250,17 @@ class _DispatchRecv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         d = call.dispatcher
-        x_CD, meta, *weights = call.pending.pop("dispatch").wait()
+        arrived = call.pending.pop("dispatch").wait()
+        weights = None if d.probs_at_home else arrived.pop()
+        *payload, meta = arrived
+        x_CD = call.format.decode(payload, dtype=call.dtype)
         call.arranged = arranged = _arrange(call, ids_CK=meta[:, :-1] - 1, token_C=meta[:, -1])
         order = arranged.order
-        weights_CK = (
-            weights[0] if weights else torch.ones(arranged.ids_CK.shape, dtype=call.weights_dtype, device=x_CD.device)
-        )
+        if weights is None:
+            weights = torch.ones(arranged.ids_CK.shape, dtype=call.weights_dtype, device=x_CD.device)
         ctx.call = call
         rows = x_CD if d.config.rows == "compact" else gather_rows(x_CD, arranged.compact_N)
-        probs_N = gather_slots(weights_CK, order.slot_N)
+        probs_N = gather_slots(weights, order.slot_N)
         ctx.save_for_backward(token.new_empty(0))
         return rows, probs_N
 

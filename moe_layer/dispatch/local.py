@@ -1,5 +1,5 @@
-"""One rank: no traffic and no host synchronisation. Compact rows are x itself; expert-major rows are gathered from
-it."""
+"""One rank: no traffic and no host synchronisation. Compact rows are x itself (as a `dispatch_format` would round it);
+expert-major rows are gathered from them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_layer.config.model import DispatchConfig
 from moe_layer.dispatch.arrange import GatherProbs, arrange
 from moe_layer.dispatch.base import finish, padded_rows, round_to_wire, wire_dtype
+from moe_layer.dispatch.formats import TokenFormat, after_trip, format_for, round_gradient, round_rows
 from moe_layer.dispatch.plan import make_plan
 from moe_layer.ops.gather_rows import gather_rows
 from moe_layer.ops.sort_slots import SlotOrder, pad_to_capacity, sort_slots
@@ -34,11 +35,20 @@ class LocalState:
 class LocalDispatcher:
     """The `Dispatcher` for R = 1."""
 
-    def __init__(self, config: DispatchConfig, *, num_experts: int, top_k: int, layer_index: int = 0) -> None:
+    def __init__(
+        self,
+        config: DispatchConfig,
+        *,
+        num_experts: int,
+        top_k: int,
+        layer_index: int = 0,
+        token_format: TokenFormat | None = None,
+    ) -> None:
         self.config = config
         self.num_experts = num_experts
         self.top_k = top_k
         self.layer_index = layer_index
+        self.token_format = token_format
         self.blocks = reduction_blocks(num_experts)
         self.compact = config.rows == "compact"
 
@@ -53,6 +63,7 @@ class LocalDispatcher:
         probs_N = GatherProbs.apply(routing.weights_TK, order.slot_N, order.row_CK)
         in_activation = self.config.apply_probs == "activation"
         has_pads = self.config.alignment > 1 or routing.capacity is not None
+        x_TD = round_rows(x_TD, self._format(x_TD, x_TD.dtype))
         linked = in_activation and not has_pads and not torch.compiler.is_compiling()
         return Received(
             rows=x_TD if self.compact else self._expand(x_TD, order.token_N, order.row_CK, ids_TK),
@@ -86,13 +97,16 @@ class LocalDispatcher:
         )
         return order, ids_TK, None
 
+    def _format(self, rows: Tensor, dtype: torch.dtype) -> TokenFormat:
+        return format_for(self.config, self.token_format, hidden=rows.shape[1], dtype=dtype)
+
     def _expand(self, x_TD: Tensor, token_N: Tensor, row_TK: Tensor, ids_TK: Tensor) -> Tensor:
         wire = wire_dtype(self.config, x_TD.dtype)
         return _Expand.apply(x_TD, token_N, row_TK, ids_TK, self.num_experts, self.blocks, wire)
 
     def combine(self, rows: Tensor, received: Received, add: Tensor | None = None) -> Tensor:
         state: LocalState = received.state
-        wire = wire_dtype(self.config, state.dtype)
+        wire, dual = wire_dtype(self.config, state.dtype), self._format(rows, state.dtype)
         if (
             self.config.apply_probs == "activation"
             and rows.dtype == state.dtype
@@ -105,11 +119,12 @@ class LocalDispatcher:
                 received.ids_CK,
                 state.token_N,
                 (self.num_experts, self.blocks, wire == rows.dtype),
+                dual,
                 received.link if received.link is not None and received.link.accepted(rows) else None,
             )
         rows_travel = self.config.apply_probs == "source"
         if rows_travel:
-            rows = round_to_wire(rows, wire)
+            rows = round_gradient(round_to_wire(rows, wire), dual, dtype=state.dtype)
         sum_TD = tree_reduce(
             rows,
             received.row_CK,
@@ -119,7 +134,9 @@ class LocalDispatcher:
             num_experts=self.num_experts,
             blocks=self.blocks,
         )
-        return finish(sum_TD if rows_travel else round_to_wire(sum_TD, wire), add, dtype=state.dtype)
+        if not rows_travel:
+            sum_TD = round_gradient(round_to_wire(sum_TD, wire), dual, dtype=state.dtype)
+        return finish(sum_TD, add, dtype=state.dtype)
 
     def check(self) -> None:
         """Nothing is reported late here."""
@@ -158,10 +175,11 @@ class _Sum(torch.autograd.Function):
         ids_TK: Tensor,
         token_N: Tensor,
         static: tuple[int, int, bool],
+        dual: TokenFormat,
         link: GradientLink | None,
     ) -> Tensor:
         num_experts, blocks, round_to_rows = static
-        ctx.link, ctx.add_dtype = link, None if add is None else add.dtype
+        ctx.dual, ctx.link, ctx.add_dtype = dual, link, None if add is None else add.dtype
         ctx.save_for_backward(token_N)
         return tree_reduce(
             rows,
@@ -180,9 +198,9 @@ class _Sum(torch.autograd.Function):
         d_add = None if ctx.add_dtype is None else d_y_TD.to(ctx.add_dtype)
         d_rows = None
         if ctx.needs_input_grad[0]:
-            d_y_TD = d_y_TD.contiguous()
+            d_y_TD = after_trip(d_y_TD.contiguous(), ctx.dual)
             d_rows = gather_rows(d_y_TD, token_N) if ctx.link is None else ctx.link.put(d_y_TD)
-        return d_rows, d_add, None, None, None, None, None
+        return d_rows, d_add, None, None, None, None, None, None
 
 
 class _Expand(torch.autograd.Function):

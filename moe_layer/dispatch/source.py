@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from moe_layer.dispatch.formats import TokenFormat, encode_rows
 from moe_layer.dispatch.route import Pending, row_bytes
 from moe_layer.dispatch.wire import Phase
 from moe_layer.ops.gather_rows import gather_rows
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class SlotTrip:
-    """Combine with one row per slot."""
+    """Combine with one row per slot; `dual`: format of the gradients of these rows."""
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
+    def __init__(self, call: Call, *, dual: TokenFormat) -> None:
+        self.call, self.dual = call, dual
         arranged, plan = call.arranged, call.plan
         assert arranged is not None
         row_CK = arranged.order.row_CK
@@ -41,7 +42,7 @@ class SlotTrip:
 
     def send(self, rows_ND: Tensor) -> None:
         rows = gather_rows(rows_ND, self._row_P).to(self.call.wire)
-        self.call.pending["combine"] = self._exchange("combine", rows, send_R=self._send_R, recv_R=self._home_R)
+        self.call.pending["combine"] = self._exchange("combine", [rows], send_R=self._send_R, recv_R=self._home_R)
 
     def receive(self, weights_TK: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         (home_PD,) = self.call.pending.pop("combine").wait()
@@ -62,13 +63,14 @@ class SlotTrip:
         d_home_PD, d_weights_TK = torch.ops.moe_layer.tree_reduce_bwd(
             d_sum_TD, home_PD, self._home_TK, weights_TK, None, home_PD.shape[0]
         )
-        rows = d_home_PD.to(self.call.dtype)
+        payload = encode_rows(self.dual, d_home_PD.to(self.call.dtype))
         at: Phase = "combine backward"
-        self.call.pending[at] = self._exchange(at, rows, send_R=self._home_R, recv_R=self._send_R)
+        self.call.pending[at] = self._exchange(at, payload, send_R=self._home_R, recv_R=self._send_R)
         return d_weights_TK.to(weights_TK.dtype)
 
     def receive_back(self, dtype: torch.dtype) -> Tensor:
-        (d_rows_PD,) = self.call.pending.pop("combine backward").wait()
+        payload = self.call.pending.pop("combine backward").wait()
+        d_rows_PD = self.dual.decode(payload, dtype=self.call.dtype)
         assert self.call.arranged is not None
         N = self.call.arranged.order.slot_N.shape[0]
         position = torch.arange(self._row_P.numel(), device=self._row_P.device)
@@ -76,13 +78,13 @@ class SlotTrip:
         index_N = torch.full((N + 1,), -1, device=target.device).scatter_(0, target, position)[:-1]
         return gather_rows(d_rows_PD, index_N).to(dtype)
 
-    def _exchange(self, phase: Phase, rows: Tensor, *, send_R: list[int], recv_R: list[int]) -> Pending:
+    def _exchange(self, phase: Phase, tensors: list[Tensor], *, send_R: list[int], recv_R: list[int]) -> Pending:
         link = self.call.link
         at = link.at(phase)
         tokens = self.call.plan.ids_TK.shape[0]
-        link.exchange_headers(at, tokens=tokens, rows_R=send_R, row_bytes=row_bytes([rows]))
-        target, work = link.exchange_rows(at, rows, send_R=send_R, recv_R=recv_R)
-        return Pending(link, at, [target], [work])
+        link.exchange_headers(at, tokens=tokens, rows_R=send_R, row_bytes=row_bytes(tensors))
+        started = [link.exchange_rows(at, tensor, send_R=send_R, recv_R=recv_R) for tensor in tensors]
+        return Pending(link, at, [target for target, _ in started], [work for _, work in started])
 
 
 def _per_block(values: Tensor, sizes: list[int]) -> list[int]:

@@ -102,9 +102,14 @@ class Result:
 
 
 def run_case(
-    case: Case, config: DispatchConfig, context: ParallelContext | None = None, *, cuts: list[int] | None = None
+    case: Case,
+    config: DispatchConfig,
+    context: ParallelContext | None = None,
+    *,
+    cuts: list[int] | None = None,
+    **options: Any,
 ) -> Result:
-    """Forward and backward of this rank's share."""
+    """Forward and backward of this rank's share; `options` go to `make_dispatcher`."""
     r, R = (0, 1) if context is None else (context.ep_rank, context.ep_size)
     if config.backend == "replicated" or R == 1:
         mine = slice(None)
@@ -115,7 +120,7 @@ def run_case(
     x = case.x_TD[mine].clone().requires_grad_()
     w = case.w_TK[mine].clone().requires_grad_()
     experts = case.experts[r * L : (r + 1) * L].clone().requires_grad_()
-    dispatcher = make_dispatcher(config, num_experts=case.num_experts, top_k=case.top_k, context=context)
+    dispatcher = make_dispatcher(config, num_experts=case.num_experts, top_k=case.top_k, context=context, **options)
     routing = Routing(ids_TK=case.ids_TK[mine], weights_TK=w, counts_E=torch.zeros(case.num_experts, dtype=torch.int32))
     received = dispatcher.dispatch(x, routing)
     y = dispatcher.combine(apply_experts(received, experts), received)

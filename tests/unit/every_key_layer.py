@@ -195,6 +195,7 @@ LAYER_CASES = (
     Case("moe.dispatch.rows", "expert_major", received),
     Case("moe.dispatch.alignment", "8", received),
     Case("moe.dispatch.apply_probs", "combine", received),
+    Case("moe.dispatch.dispatch_format", "fp8_1x128", numbers),
     Case("moe.dispatch.combine_format", "bf16", numbers),
     Case(
         "moe.dispatch.capacity",

@@ -35,8 +35,6 @@ ELSEWHERE = {
     "moe.dispatch.reduce": "tests/distributed/test_keys.py::test_reduce",
     "moe.dispatch.deadline_s": "tests/distributed/test_keys.py::test_deadline_s",
     "moe.losses.aux_group": "tests/distributed/test_keys.py::test_aux_group",
-    # one legal value in this version: what it changes is that every other one is refused
-    "moe.dispatch.dispatch_format": "tests/unit/test_config_load.py::test_features_rejected_by_name",
 }
 """Key -> the test that proves it, where a pair of single-process observations cannot."""
 
