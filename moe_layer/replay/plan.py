@@ -45,7 +45,7 @@ class RoutingPlan:
     def decision(self, layer: int, start: int = 0, stop: int | None = None) -> RoutingDecision:
         """Rows `[start, stop)` of a layer for the router `[T, K]`; no host synchronisation.
 
-        Ids are int32 with -1 for missing slots, or as they are stored when every slot is recorded (routers widen on load).
+        Ids are int32 with -1 for missing slots, or as stored when every slot is recorded (routers widen on load).
         """
         rows = slice(start, stop)
         ids_TK = self.ids[layer, rows]

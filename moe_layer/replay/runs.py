@@ -173,7 +173,9 @@ class UnboundGuard:
         self._alive = 0
 
     def note(self, weights_TK: Tensor, *, training: bool) -> None:
-        """After a replayed forward that no checkpoint knows."""
+        """After a replayed forward that no checkpoint knows. Compiled graphs recompute from their own inputs."""
+        if torch.compiler.is_compiling():
+            return
         if weights_TK.grad_fn is not None:
             self._alive += 1
             node: Any = weights_TK.grad_fn

@@ -539,16 +539,26 @@ def test_alarm_for_a_trace_shifted_by_one_token() -> None:
 
 
 def test_session_under_compile() -> None:
-    """The seam does not break compiled models: same values as eager."""
+    """A session is no graph break, and another plan no new graph; values and gradients as in eager."""
+    from torch._dynamo.testing import CompileCounter
+
     model = make_model().blocks[0].moe
-    session = RoutingSession(model)
-    trace = RoutingTrace.from_ids(random_ids(layers=1), num_experts=E, layers=["."])
-    with session.replay(trace):
-        expected = model(batch())
-    compiled = torch.compile(model, backend="eager")
-    with session.replay(trace):
-        assert torch.equal(compiled(batch()), expected)
+    session, counter = RoutingSession(model), CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for seed in range(3):
+        trace = RoutingTrace.from_ids(random_ids(layers=1, seed=seed), num_experts=E, layers=["."])
+        found = []
+        for run in (model, compiled):
+            with session.replay(trace):
+                y = run(batch())
+            loss_of(y).backward()
+            found.append(grads(model) | {"y": y.detach()})
+        assert_same(*found)
+    assert counter.frame_count == 1
     assert torch.equal(compiled(batch()), model(batch()))
+    with session.record() as recording:
+        compiled(batch())
+    assert torch.equal(recording.trace().wide_ids()[:, 0], model(batch(), return_routing=True)[1].ids_TK)
 
 
 def test_transformers_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
