@@ -78,7 +78,8 @@ struct Stack {
     for (int level = 0; level < kDepth; ++level) {
       if (depth == level) {
 #pragma unroll
-        for (int i = 0; i < V; ++i) a[level][i] = __fadd_rn(0.0f, value[i]);  // 0 + x turns -0 into +0, as the reference
+        for (int i = 0; i < V; ++i)
+          a[level][i] = __fadd_rn(0.0f, value[i]);  // 0 + x turns -0 into +0, as the reference
       }
     }
     labels = labels << 7 | static_cast<uint64_t>(block);
