@@ -47,6 +47,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="more are slower for such small matrices")
     parser.add_argument("--doc", type=Path, help="page whose figures are replaced, such as docs/replay.md")
     parser.add_argument("--shapes", default="", help="comma-separated names, default all")
     parser.add_argument(
@@ -58,6 +59,7 @@ def main() -> int:
     except (ConfigError, OSError) as error:
         sys.stderr.write(f"rl_replay: {error}\n")
         return 2
+    torch.set_num_threads(args.threads)
     transformers.utils.logging.set_verbosity_error()
     args.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
