@@ -57,7 +57,7 @@ def test_quick_run(results: dict[str, Any]) -> None:
         assert any(r["metrics"]["mismatch"] > 0 for r in shape["scoring"])
         modes = {r["mode"] for r in shape["grpo"]}
         assert modes == {"off", "R2", "R3", "R3_straight_through", "shifted"}
-        assert shape["pretrain"]["loss_last"] < shape["pretrain"]["loss_first"] - 0.4
+        assert shape["pretrain"]["loss_last"] < shape["pretrain"]["loss_first"] - 0.5
 
 
 BREAKS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
