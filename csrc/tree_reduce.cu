@@ -1,13 +1,12 @@
-// Sum of a token's expert rows in the fixed tree of moe_layer/ops/tree_reduce.py, whose twin this is.
+// Sum of a token's expert rows in the fixed tree of moe_layer/ops/tree_reduce.py, whose twin this is (tree.cuh).
 //
 // The fast kernel gives each warp one token and 32 x 16 bytes of the hidden dimension; it needs no shared memory and no
 // barrier, so many tokens' loads are in flight at once (one block a token spent three quarters of its time in the
 // prologue: 137 us for 4096 tokens of 8 x 2048 on an H200, where the copy takes 32). The warp ranks the token's slots by
 // (expert, slot) with shuffles, then walks them with a stack of partial sums in registers: a slot of the block on top is
 // added to it; a slot of a new block first joins the subtrees that are complete. All lanes take the same branches.
-// Products and sums use the _rn intrinsics: an FMA would round once where the CPU reference rounds twice.
 
-#include "common.cuh"
+#include "tree.cuh"
 
 namespace moe_layer {
 namespace {
@@ -31,68 +30,6 @@ struct TreeArgs {
   bool round_to_rows;
 };
 
-template <typename T, int V>
-struct alignas(sizeof(T) * V) Pack {
-  T v[V];
-};
-
-// Partial sums of unfinished subtrees, the deepest last. kDepth: 1 + log2(blocks).
-template <int V, int kDepth>
-struct Stack {
-  float a[kDepth][V];
-  uint64_t labels = 0;  // 7 bits a level, the top in the lowest: a block of each subtree
-  int depth = 0;
-
-  __device__ __forceinline__ int label(int below) const { return static_cast<int>(labels >> (7 * below)) & 127; }
-
-  // Loops over constant levels keep the array in registers; the branch is uniform, so one level's work is done.
-  __device__ __forceinline__ void merge_top() {
-#pragma unroll
-    for (int level = 1; level < kDepth; ++level) {
-      if (depth == level + 1) {
-#pragma unroll
-        for (int i = 0; i < V; ++i) a[level - 1][i] = __fadd_rn(a[level - 1][i], a[level][i]);
-      }
-    }
-    labels >>= 7;
-    --depth;
-  }
-
-  __device__ __forceinline__ void add(const float (&value)[V], int block) {
-    if (depth > 0 && block == label(0)) {
-#pragma unroll
-      for (int level = 0; level < kDepth; ++level) {
-        if (depth == level + 1) {
-#pragma unroll
-          for (int i = 0; i < V; ++i) a[level][i] = __fadd_rn(a[level][i], value[i]);
-        }
-      }
-      return;
-    }
-    if (depth > 0) {
-      // The new block meets the top's subtree at this height; what lies below it on the top's side is complete.
-      const int height = 31 - __clz(block ^ label(0));
-      while (depth > 1 && (label(1) >> height) == (label(0) >> height)) merge_top();
-    }
-#pragma unroll
-    for (int level = 0; level < kDepth; ++level) {
-      if (depth == level) {
-#pragma unroll
-        for (int i = 0; i < V; ++i)
-          a[level][i] = __fadd_rn(0.0f, value[i]);  // 0 + x turns -0 into +0, as the reference
-      }
-    }
-    labels = labels << 7 | static_cast<uint64_t>(block);
-    ++depth;
-  }
-
-  __device__ __forceinline__ void finish(float (&sum)[V]) {
-    while (depth > 1) merge_top();
-#pragma unroll
-    for (int i = 0; i < V; ++i) sum[i] = depth > 0 ? a[0][i] : 0.0f;
-  }
-};
-
 template <typename T, typename TOut, int V>
 __device__ __forceinline__ void store(const TreeArgs& args, float (&sum)[V], int64_t offset) {
   if (args.round_to_rows) {
@@ -112,62 +49,28 @@ __device__ __forceinline__ void store(const TreeArgs& args, float (&sum)[V], int
 
 template <typename T, typename TOut, int V>
 __global__ void __launch_bounds__(kThreads, 5) tree_reduce_warp_kernel(TreeArgs args, int pieces) {
-  constexpr unsigned kAll = 0xffffffffu;
   const int lane = threadIdx.x % kWarp, K = args.slots;
   const int64_t item = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   const int64_t m = item / pieces;
   if (m >= args.tokens) return;  // the whole warp
   const int d = (static_cast<int>(item - m * pieces) * kWarp + lane) * V;
 
-  int row = -1, id = INT32_MAX;
+  int row = -1, id = 0;
   float weight = 1.0f;
   if (lane < K) {
     row = args.row_MK[m * K + lane];
     id = args.ids_MK[m * K + lane];
     if (args.weights_MK != nullptr) weight = args.weights_MK[m * K + lane];
-    // An index outside the rows would be an illegal read; it counts as absent.
-    if (row < 0 || row >= args.num_rows) row = -1, id = INT32_MAX;
   }
-  int rank = 0;
-  for (int j = 0; j < K; ++j) {
-    const int other = __shfl_sync(kAll, id, j);
-    rank += (other < id) | ((other == id) & (j < lane));
-  }
-  const int count = __popc(__ballot_sync(kAll, row >= 0));
-  const int block = row >= 0 ? static_cast<int>(static_cast<int64_t>(id) * args.blocks / args.num_experts) : 0;
-
+  // An index outside the rows would be an illegal read; it counts as absent.
+  const SlotOrder order = order_slots(row >= 0 && row < args.num_rows, id, K, args.blocks, args.num_experts);
   const T* rows = static_cast<const T*>(args.rows) + d;
   const bool inside = d < args.hidden;
-  Stack<V, 4> stack;
-  for (int first = 0; first < count; first += kAhead) {
-    Pack<T, V> ahead[kAhead];
-    int from[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      from[i] = __ffs(__ballot_sync(kAll, row >= 0 && rank == first + i)) - 1;
-      const int source = __shfl_sync(kAll, row, from[i] & 31);
-      if (first + i < count && inside) {
-        ahead[i] = *reinterpret_cast<const Pack<T, V>*>(rows + static_cast<int64_t>(source) * args.hidden);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (first + i < count) {
-        const int into = __shfl_sync(kAll, block, from[i]);
-        float value[V];
-#pragma unroll
-        for (int j = 0; j < V; ++j) value[j] = to_float(ahead[i].v[j]);
-        if (args.weights_MK != nullptr) {
-          const float factor = __shfl_sync(kAll, weight, from[i]);
-#pragma unroll
-          for (int j = 0; j < V; ++j) value[j] = __fmul_rn(value[j], factor);
-        }
-        stack.add(value, into);
-      }
-    }
-  }
+  auto row_of = [&](int slot) {
+    return rows + static_cast<int64_t>(__shfl_sync(0xffffffffu, row, slot)) * args.hidden;
+  };
   float sum[V];
-  stack.finish(sum);
+  warp_tree_sum<T, V, 4, kAhead>(order, args.weights_MK != nullptr, weight, inside, row_of, sum);
   if (inside) store<T, TOut, V>(args, sum, m * args.hidden + d);
 }
 
@@ -194,14 +97,14 @@ __global__ void __launch_bounds__(kThreads) tree_reduce_general_kernel(TreeArgs 
     int rank = 0;
     for (int j = 0; j < K; ++j) rank += (id_K[j] >= 0) & ((id_K[j] < id) | ((id_K[j] == id) & (j < k)));
     row_K[rank] = args.row_MK[m * K + k];
-    block_K[rank] = static_cast<int32_t>(static_cast<int64_t>(id) * args.blocks / args.num_experts);
+    block_K[rank] = tree_block(id, args.blocks, args.num_experts);
     weight_K[rank] = args.weights_MK != nullptr ? args.weights_MK[m * K + k] : 1.0f;
     atomicAdd(&count, 1);
   }
   __syncthreads();
   const T* rows = static_cast<const T*>(args.rows);
   for (int d = threadIdx.x; d < args.hidden; d += kThreads) {
-    Stack<1, 8> stack;
+    TreeStack<1, 8> stack;
     for (int i = 0; i < count; ++i) {
       float value[1] = {to_float(rows[static_cast<int64_t>(row_K[i]) * args.hidden + d])};
       if (args.weights_MK != nullptr) value[0] = __fmul_rn(value[0], weight_K[i]);
