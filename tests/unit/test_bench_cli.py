@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,30 @@ def test_without_a_checkout_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(bench, "__file__", "/nowhere/site-packages/moe_layer/observe/bench.py")
     assert main(["bench", "router"]) == 2
     assert "benchmarks live in the source checkout" in capsys.readouterr().err
+
+
+def test_dispatch_runs_over_gloo_and_writes_rows(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Two real ranks, tiny shapes; what a row says about itself must be arithmetically true."""
+    out = tmp_path / "rows.jsonl"
+    command = ["bench", "dispatch", "--device", "cpu", "--tiny", "--runs", "2", "--backends", "all_to_all,nonesuch"]
+    assert main([*command, "--out", str(out)]) == 0
+    assert "nonesuch expert_major: skipped, backend" in capfd.readouterr().out
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    halves = [row for row in rows if row["kind"] != "layer" and not row["case"].startswith("nccl")]
+    assert {row["case"] for row in halves} == {
+        f"all_to_all {case} {half}"
+        for case in ("expert_major+probs", "compact+probs", "fp8 compact")
+        for half in ("dispatch", "combine")
+    }
+    for row in halves:
+        assert row["ratio"] == pytest.approx(row["peer_us"] / row["us"], rel=1e-2)
+        assert row["GBps"] == pytest.approx(row["bytes"] / row["us"] * 1e-3, abs=0.06)
+    sent = {row["case"]: row["bytes"] for row in halves}
+    per_row = {"compact+probs dispatch": 256 * 4, "fp8 compact dispatch": 256 + 2 * 4}  # fp32 rows of 256 columns
+    rows_sent = {case: sent[f"all_to_all {case}"] / size for case, size in per_row.items()}
+    assert len(set(rows_sent.values())) == 1 and 0 < rows_sent["fp8 compact dispatch"] <= 64  # once per remote rank
+    layers = [row for row in rows if row["kind"] == "layer"]
+    assert {row["case"] for row in layers} == {"all_to_all expert_major", "all_to_all compact"}
+    for row in layers:
+        assert row["ratio"] == pytest.approx(row["peer_ms"] / row["ms"], rel=1e-2)
+        assert row["exposed"] == pytest.approx((row["ms"] - row["copies_ms"]) / row["ms"], abs=1e-3)
