@@ -36,6 +36,7 @@ from dispatch_timing import Meter, Samples  # noqa: E402
 from moe_layer.dispatch import make_dispatcher  # noqa: E402
 from moe_layer.dispatch.formats import format_for  # noqa: E402
 from moe_layer.errors import ConfigError  # noqa: E402
+from moe_layer.observe.exchange_model import LINK_GBPS, table  # noqa: E402
 from moe_layer.parallel import ParallelContext  # noqa: E402
 from moe_layer.parallel.compat import default_store, prefixed  # noqa: E402
 from moe_layer.types import Routing  # noqa: E402
@@ -71,12 +72,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=25, help="samples of each case")
     parser.add_argument("--limit", type=float, default=150.0, help="seconds after which every rank is ended")
     parser.add_argument("--out", type=Path, default=None, help="append JSON lines here")
+    parser.add_argument("--model", action="store_true", help="measure nothing: bytes and time of R = 2, 4, 8 by counts")
+    parser.add_argument("--link-gbps", type=float, default=LINK_GBPS, help="of --model; default: measured on H200s")
     arguments = parser.parse_args()
+    if arguments.model:
+        return arguments
     if arguments.tiny:
         arguments.shapes, arguments.layer_shapes = ["tiny"], ["tiny"]
-    for name, table in (("shapes", SHAPES), ("layer_shapes", dispatch_layer.SHAPES)):
+    for name, known in (("shapes", SHAPES), ("layer_shapes", dispatch_layer.SHAPES)):
         if getattr(arguments, name) is None:
-            setattr(arguments, name, [shape for shape in table if shape != "tiny"])
+            setattr(arguments, name, [shape for shape in known if shape != "tiny"])
     if arguments.device == "cuda" and torch.cuda.device_count() < arguments.ranks:
         parser.error(
             f"--ranks is {arguments.ranks} and this machine has {torch.cuda.device_count()} CUDA GPUs; "
@@ -234,6 +239,9 @@ def show(row: dict[str, Any]) -> str:
 
 def main() -> int:
     arguments = parse_arguments()
+    if arguments.model:
+        print(table(link_gbps=arguments.link_gbps))
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
         ranks = mp.start_processes(
