@@ -132,7 +132,7 @@ __device__ __forceinline__ void softmax_stats(const Forward& p, bool keep, float
     x[i] = keep ? e : x[i];
   }
   const float total = row_sum<L>((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  s.inverse = 1.0f / total;
+  s.inverse = KEYED ? 1.0f / total : reciprocal(total);  // as in the lean kernel, whose keys are logits
   // The fast form used offset / log2(e) in place of max; the same number must be added back.
   s.lse = is_finite(s.max) ? (KEYED ? s.max : (s.max * kLog2e) * kLn2) + logf(total) : s.max;
 }
@@ -165,7 +165,7 @@ __device__ __forceinline__ void scores_in_place(const Forward& p, float (&x)[C *
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < C * 8; ++i) sum[i % 4] += x[i];
-    s.inverse = 1.0f / (row_sum<L>((sum[0] + sum[1]) + (sum[2] + sum[3])) + kEps);
+    s.inverse = reciprocal(row_sum<L>((sum[0] + sum[1]) + (sum[2] + sum[3])) + kEps);
   }
 }
 

@@ -40,7 +40,8 @@ __device__ __forceinline__ void write_weights(
   for (int slot = at.gl; slot < p.top_k; slot += L) {
     const int64_t out = at.row * p.top_k + slot;
     const int id = ids[slot];
-    float w = values[slot] / divisor * p.scale;
+    // Divided as in the lean kernel: a replayed row has the very weights of the live row.
+    float w = __fdividef(values[slot], divisor) * p.scale;
     if (p.recorded.data != nullptr && at.live && load_id(p.replay, out, p.experts) == id)
       w = load_float(p.recorded, out);
     w = at.live ? w : 0.0f;

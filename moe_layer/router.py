@@ -282,7 +282,7 @@ class Router(nn.Module):
         if not names:
             return
         for name in names:
-            self.faults[EVENT_NAMES.index(name)] += events[EVENT_NAMES.index(name)]
+            self.faults[EVENT_NAMES.index(name)].add_(events[EVENT_NAMES.index(name)])  # one launch, += takes two
         if not events.is_cuda and not torch.compiler.is_compiling():
             self.check()
 

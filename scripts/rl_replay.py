@@ -8,9 +8,9 @@ A transformers Qwen3-MoE model is trained from scratch on a synthetic grammar, t
 records its
 routing; the trainer is a copy with our blocks. First one policy is scored under several pairs of precisions, then
 GRPO runs
-in each mode. Writes results.json and replay.png; exits with 1 when a promise does not hold. Both model shapes are
-shown,
-because the benefit depends on the model and the precision.
+in each mode. Writes results.json (after each shape) and replay.png; exits with 1 when a promise does not hold. Both model shapes
+are shown, because the benefit depends on the model and the precision. `--device cuda` applies the file's `cuda`
+section: a bf16 trainer with fp8 rollouts.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def main() -> int:
     )
     args = parser.parse_args()
     try:
-        settings = load_settings(args.config, quick=args.quick, overrides=args.overrides)
+        on_gpu = torch.device(args.device).type == "cuda"
+        settings = load_settings(args.config, quick=args.quick, cuda=on_gpu, overrides=args.overrides)
     except (ConfigError, OSError) as error:
         sys.stderr.write(f"rl_replay: {error}\n")
         return 2
@@ -69,9 +70,9 @@ def main() -> int:
     for name in chosen:
         results["shapes"][name] = run_shape(settings, name, seed=args.seed, device=torch.device(args.device))
         broken += failures(name, results["shapes"][name]["scoring"], results["shapes"][name]["grpo"])
-    results |= {"failures": broken, "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time()}
+        results |= {"failures": broken, "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time()}
+        (args.out / "results.json").write_text(json.dumps(rounded(results)) + "\n")
     results = rounded(results)
-    (args.out / "results.json").write_text(json.dumps(results) + "\n")
     if args.doc is not None:
         args.doc.write_text(args.doc.read_text().split(MARKER)[0] + MARKER + "\n\n" + markdown(results))
         (args.doc.parent / "benchmarks/rl_replay.json").write_text(json.dumps(results) + "\n")
@@ -112,7 +113,7 @@ def _environment(args: argparse.Namespace) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
-        "device": args.device,
+        "device": args.device if args.device == "cpu" else torch.cuda.get_device_name(args.device),
         "seed": args.seed,
         "quick": args.quick,
     }

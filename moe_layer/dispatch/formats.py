@@ -105,7 +105,8 @@ class Fp8BlockFormat:
         x_TBC = _blocks(x_TD.float())
         finite_TBC = x_TBC.isfinite()
         peak_TB1 = torch.where(finite_TBC, x_TBC.abs(), 0.0).amax(dim=2, keepdim=True)
-        scale_TB1 = (peak_TB1 / E4M3_MAX).clamp_min(SMALLEST_SCALE)
+        # By a tensor: CUDA multiplies by the reciprocal of a number, which may be another scale in the last bit.
+        scale_TB1 = (peak_TB1 / peak_TB1.new_full((), E4M3_MAX)).clamp_min(SMALLEST_SCALE)
         values_TBC = torch.where(finite_TBC, x_TBC / scale_TB1, torch.nan).to(torch.float8_e4m3fn)
         values_TD = values_TBC.flatten(1)[:, : self.hidden].contiguous()
         return [values_TD.view(torch.uint8), scale_TB1.squeeze(2)]

@@ -45,8 +45,10 @@ def dequantized(x: Tensor, weight_format: str) -> Tensor:
 
 
 def _scale(x: Tensor, largest: float) -> Tensor:
-    """fp32 `[..., 1]`; 1 where everything is zero."""
-    peak = x.abs().amax(dim=-1, keepdim=True) / largest if x.shape[-1] else x.new_ones(*x.shape[:-1], 1)
+    """fp32 `[..., 1]`; 1 where everything is zero. Divided by a tensor: CUDA multiplies by a number's reciprocal."""
+    if not x.shape[-1]:
+        return x.new_ones(*x.shape[:-1], 1)
+    peak = x.abs().amax(dim=-1, keepdim=True) / x.new_full((), largest)
     return torch.where(peak > 0, peak, 1.0)
 
 
@@ -110,21 +112,23 @@ def forward(
 
 
 def _mlp(layout: Layout, weights: Weights, weight_format: str, activation: str, limit: float, alpha: float) -> Tensor:
-    out_ND = layout.x.new_zeros(layout.num_rows, weights.down.shape[1])
+    """Row by row except for the GEMMs, so that pads and the tail, which may hold anything, disturb nobody."""
     bounds = torch.stack((layout.offsets[:-1], layout.counts)).tolist()
-    for expert, (start, count) in enumerate(zip(*bounds, strict=True)):
-        if not count:
-            continue
-        rows = slice(start, start + count)
-        x_nD = layout.x[rows] if layout.index is None else layout.x.index_select(0, layout.index[rows])
-        probs_n = None if layout.probs is None else layout.probs[rows].float()
-        h_n2F = dequantized(x_nD, weight_format) @ weights.gate_up[expert].t()
+    groups = [(expert, slice(start, start + n)) for expert, (start, n) in enumerate(zip(*bounds, strict=True)) if n]
+    probs_N = None if layout.probs is None else layout.probs.float()
+    x_CD = dequantized(layout.x, weight_format)  # once a token where rows are gathered
+    h_N2F = x_CD.new_empty(layout.num_rows, weights.gate_up.shape[1])
+    for expert, rows in groups:
+        x_nD = x_CD[rows] if layout.index is None else x_CD.index_select(0, layout.index[rows])
+        torch.mm(x_nD, weights.gate_up[expert].t(), out=h_N2F[rows])
         if weights.gate_up_bias is not None:
-            h_n2F = h_n2F + weights.gate_up_bias[expert].float()
-        a_nF = glu_forward(h_n2F, probs_n, activation=activation, limit=limit, alpha=alpha)
-        y_nD = dequantized(a_nF, weight_format) @ weights.down[expert].t()
+            h_N2F[rows] += weights.gate_up_bias[expert].float()
+    a_NF = dequantized(glu_forward(h_N2F, probs_N, activation=activation, limit=limit, alpha=alpha), weight_format)
+    out_ND = layout.x.new_zeros(layout.num_rows, weights.down.shape[1])
+    for expert, rows in groups:
+        y_nD = a_NF[rows] @ weights.down[expert].t()
         if weights.down_bias is not None:
             bias_D = weights.down_bias[expert].float()
-            y_nD = y_nD + (bias_D if probs_n is None else probs_n.unsqueeze(1) * bias_D)
+            y_nD = y_nD + (bias_D if probs_N is None else probs_N[rows].unsqueeze(1) * bias_D)
         out_ND[rows] = y_nD.to(out_ND.dtype)
     return out_ND

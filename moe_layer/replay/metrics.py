@@ -74,7 +74,7 @@ class Tally:
     """Device-side sums of one session. No host synchronisation before `read`."""
 
     def __init__(self, spec: TraceSpec, device: torch.device) -> None:
-        self.spec = spec
+        self.spec, self.device = spec, device
         layers = len(spec.layers)
         self._events = torch.zeros(layers, len(EVENTS), dtype=torch.int64, device=device)
         self._compared = torch.zeros(layers, len(COMPARED), dtype=torch.float64, device=device)
@@ -83,7 +83,7 @@ class Tally:
 
     @torch.no_grad()
     def add_events(self, layer: int, events: Tensor) -> None:
-        self._events[layer] += events[: len(EVENTS)]
+        self._events[layer].add_(events[: len(EVENTS)])  # not +=, which would copy the row onto itself
 
     @torch.no_grad()
     def add_comparison(self, layer: int, a_TK: Tensor, b_TK: Tensor, routed: Routed, *, first: int) -> None:
@@ -96,7 +96,7 @@ class Tally:
         counts = (complete_T, differs_T, complete_T & (shared_T == 0))
         sums = [count.sum() for count in counts]
         sums += [(shared_T * complete_T).sum() / top_k, (gap_T * complete_T).sum(), (gap_T * differs_T).sum()]
-        self._compared[layer] += torch.stack([value.to(torch.float64) for value in sums])
+        self._compared[layer].add_(torch.stack([value.to(torch.float64) for value in sums]))
         known = self._differs.get(first)
         pair = torch.stack((differs_T, complete_T))
         self._differs[first] = pair if known is None else known | pair

@@ -18,6 +18,9 @@ from moe_layer.replay.spec import TraceSpec
 from moe_layer.replay.tap import Routed
 from moe_layer.replay.trace import RoutingTrace
 
+FIRST_CHUNK, LARGEST_CHUNK = 1 << 16, 1 << 24
+"""Bytes of pinned memory that are taken at once."""
+
 
 class Recording:
     """What one `record` block saw. `trace()` waits for the last copy."""
@@ -26,11 +29,18 @@ class Recording:
         self.spec = spec
         self._keeps_weights = weights
         self._calls: list[list[tuple[Tensor, Tensor | None, Tensor | None]]] = [[] for _ in spec.layers]
-        self._event: torch.cuda.Event | None = None
+        self._host = _PinnedMemory()
+        self._streams: set[torch.cuda.Stream] = set()
+        self._events: list[torch.cuda.Event] = []
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of what was recorded so far: ids, and weights and masks where they are kept."""
+        return sum(part.nbytes for calls in self._calls for call in calls for part in call if part is not None)
 
     def add(self, layer: int, routed: Routed) -> None:
         """One router call: ids in the trace's dtype, and who was routed at all."""
-        if routed.ids_TK.is_cuda and torch.cuda.is_current_stream_capturing():
+        if _is_capturing(routed.ids_TK):
             raise TraceError(
                 "a CUDA graph cannot capture record(); use record(max_tokens=...) and commit() after each launch"
             )
@@ -38,19 +48,44 @@ class Recording:
         valid = routed.valid_T
         self._calls[layer].append(
             (
-                _to_host(routed.ids_TK.to(self.spec.dtype, copy=True)),
-                None if weights is None else _to_host(weights.clone()),
-                None if valid is None else _to_host(valid.clone()),
+                self._to_host(routed.ids_TK.to(self.spec.dtype, copy=True)),
+                None if weights is None else self._to_host(weights.clone()),
+                None if valid is None else self._to_host(valid.clone()),
             )
         )
 
     def finish(self) -> None:
-        """Mark the end of the copies on the current stream."""
+        """End of the block."""
         self._check_calls()
-        first = next((call[0] for calls in self._calls for call in calls), None)
-        if first is not None and first.is_pinned() and torch.cuda.is_available():
-            self._event = torch.cuda.Event()
-            self._event.record()
+        self._mark()
+
+    def _to_host(self, tensor: Tensor) -> Tensor:
+        """`tensor`, which nobody else holds, in pinned memory; does not wait. CPU tensors stay as they are, as do
+        those of a compiled graph until the block ends.
+        """
+        if not tensor.is_cuda or torch.compiler.is_compiling():
+            return tensor
+        self._streams.add(torch.cuda.current_stream(tensor.device))
+        return self._host.take(tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True)
+
+    def _mark(self) -> None:
+        """Events behind the copies, on every stream that has some."""
+        for calls in self._calls:
+            for at, (ids, weights, valid) in enumerate(calls):
+                if ids.is_cuda:  # recorded by a compiled graph
+                    weights = None if weights is None else self._to_host(weights)
+                    calls[at] = (self._to_host(ids), weights, None if valid is None else self._to_host(valid))
+        for stream in self._streams:
+            event = torch.cuda.Event()
+            event.record(stream)
+            self._events.append(event)
+        self._streams.clear()
+
+    def _wait(self) -> None:
+        self._mark()  # copies of a block that is still open
+        for event in self._events:
+            event.synchronize()
+        self._events.clear()
 
     def _check_calls(self) -> None:
         """Every layer has run over the same tokens, else rows cannot be lined up."""
@@ -87,8 +122,7 @@ class Recording:
         Raises:
             TraceError: maps or boundaries that do not fit, or ids that are no trace.
         """
-        if self._event is not None:
-            self._event.synchronize()
+        self._wait()
         ids_NLK, weights_NLK = self._rows()
         if token_index is not None:
             ids_NLK, weights_NLK = _scatter(ids_NLK, weights_NLK, token_index, num_tokens)
@@ -121,6 +155,7 @@ class StaticRecording(Recording):
         super().__init__(spec, weights=False)
         self.ids = torch.zeros(len(spec.layers), max_tokens, spec.top_k, dtype=spec.dtype, device=device)
         self.routed = torch.ones(len(spec.layers), max_tokens, dtype=torch.bool, device=device)
+        self._masked = False
 
     def add(self, layer: int, routed: Routed) -> None:
         T = routed.ids_TK.shape[0]
@@ -128,24 +163,49 @@ class StaticRecording(Recording):
             raise TraceError(f"record has room for {self.ids.shape[1]} tokens and the layer ran {T}; raise max_tokens")
         self.ids[layer, :T].copy_(routed.ids_TK)
         if routed.valid_T is not None:
+            self._masked = True
             self.routed[layer, :T].copy_(routed.valid_T)
+        elif self._masked:
+            self.routed[layer, :T].fill_(True)
 
     def commit(self, num_tokens: int) -> None:
-        """Take home the first `num_tokens` rows of every layer, after a launch; does not wait."""
-        ids, routed = _to_host(self.ids[:, :num_tokens].clone()), _to_host(self.routed[:, :num_tokens].clone())
+        """Take home the first `num_tokens` rows of every layer, on the stream of the launch before; does not wait.
+
+        Raises:
+            TraceError: more rows than `max_tokens`.
+        """
+        if not 0 <= num_tokens <= self.ids.shape[1]:
+            raise TraceError(f"commit({num_tokens}) of buffers for {self.ids.shape[1]} tokens; raise max_tokens")
+        ids = self._to_host(self.ids[:, :num_tokens].clone())
+        routed = self._to_host(self.routed[:, :num_tokens].clone()) if self._masked else None
         for layer in range(len(self.spec.layers)):
-            self._calls[layer].append((ids[layer], None, routed[layer]))
-        super().finish()
+            self._calls[layer].append((ids[layer], None, None if routed is None else routed[layer]))
 
     def finish(self) -> None:
         """The block may only have captured a graph: rows come with `commit`."""
 
 
-def _to_host(tensor: Tensor) -> Tensor:
-    if not tensor.is_cuda:
-        return tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
+def _is_capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+
+
+class _PinnedMemory:
+    """Pinned tensors cut from large chunks: a decoding step records a few bytes a layer, and pinning pages is slow."""
+
+    def __init__(self) -> None:
+        self._chunk: dict[torch.dtype, Tensor] = {}
+        self._bytes = FIRST_CHUNK
+
+    def take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Uninitialised, of this shape and dtype; its memory is never handed out again."""
+        wanted = shape.numel()
+        chunk = self._chunk.get(dtype)
+        if chunk is None or chunk.numel() < wanted:
+            size = max(wanted, self._bytes // dtype.itemsize)
+            chunk = torch.empty(size, dtype=dtype, pin_memory=True)
+            self._bytes = min(2 * self._bytes, LARGEST_CHUNK)
+        self._chunk[dtype] = chunk[wanted:]
+        return chunk[:wanted].view(shape)
 
 
 def _masked(ids_TK: Tensor, valid_T: Tensor | None) -> Tensor:

@@ -71,7 +71,7 @@ class RoutingSession:
         self.spec = TraceSpec(experts, top_k, tuple(used))
         self._routers = list(used.values())
         self._local = threading.local()
-        self._tally: Tally | None = None
+        self._tally = Tally(self.spec, self.device)  # now: a graph capture would zero it at every launch
         self._taps = [_Tap(self, index, router) for index, router in enumerate(self._routers)]
         for router, tap in zip(self._routers, self._taps, strict=True):
             if router.routing_tap is not None and router.routing_tap.alive:
@@ -222,7 +222,7 @@ class RoutingSession:
         return plan
 
     def _sums(self) -> Tally:
-        if self._tally is None:
+        if self._tally.device != self.device:  # the model has moved
             self._tally = Tally(self.spec, self.device)
         return self._tally
 

@@ -59,15 +59,30 @@ def _quantized(config: Any, rollout_format: str) -> Any:
 def make_trainer(model: nn.Module, dtype: torch.dtype, *, weights: str = "live") -> nn.Module:
     """A copy of the policy with our blocks."""
     trainer = copy.deepcopy(model)
-    replace_moe_blocks(
-        trainer, configure=lambda config: replace(config, replay=replace(config.replay, weights=weights))
-    )
+    backend = expert_backend(next(model.parameters()).device, dtype)
+
+    def configure(config: Any) -> Any:
+        return replace(
+            config,
+            replay=replace(config.replay, weights=weights),
+            experts=replace(config.experts, backend=backend),
+        )
+
+    replace_moe_blocks(trainer, configure=configure)
     return trainer.to(dtype)
+
+
+def expert_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """On a GPU by name: `auto` would compile QuACK's kernels for each of these tiny shapes."""
+    if device.type == "cpu":
+        return "auto"
+    return "grouped_mm" if dtype == torch.bfloat16 else "reference"
 
 
 def sync(engine: nn.Module, trainer: nn.Module) -> None:
     """New policy weights into the rollout engine, in its dtype."""
-    engine.load_state_dict({name: value for name, value in trainer.state_dict().items() if name in engine.state_dict()})
+    wanted = engine.state_dict().keys()
+    engine.load_state_dict({name: value for name, value in trainer.state_dict().items() if name in wanted})
 
 
 @torch.no_grad()

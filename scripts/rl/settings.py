@@ -68,19 +68,20 @@ class Settings:
     grpo: Grpo
 
 
-def load_settings(path: Path, *, quick: bool, overrides: Sequence[str] = ()) -> Settings:
+def load_settings(path: Path, *, quick: bool, cuda: bool = False, overrides: Sequence[str] = ()) -> Settings:
     """
     Args:
+        quick, cuda: apply the file's sections of that name, in this order.
         overrides: `grpo.rollout=fp8_1x128`, applied last.
 
     Raises:
         ConfigError: unknown or missing keys, R2 and R3 in one mode, precisions nobody knows.
     """
     document = yaml.safe_load(path.read_text())
-    changes = document.pop("quick", {})
-    if quick:
-        for name, part in changes.items():
-            document[name] = part if name == "shapes" or not isinstance(part, dict) else {**document[name], **part}
+    for name, wanted in (("quick", quick), ("cuda", cuda)):
+        changes = document.pop(name, {})
+        for key, part in changes.items() if wanted else ():
+            document[key] = part if key == "shapes" or not isinstance(part, dict) else {**document[key], **part}
     for override in overrides:
         key, _, value = override.partition("=")
         *parents, leaf = key.split(".")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_layer import MoELayer, RoutingTrace
+from moe_layer import MoELayer, RoutingDecision, RoutingSession, RoutingTrace
 from moe_layer.config import ExpertsConfig, LossesConfig, MoEConfig, ReplayConfig, RouterConfig
 
 E, K, D, T = 8, 2, 16, 12
@@ -80,3 +80,35 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
+
+
+ROUTERS: dict[str, dict[str, Any]] = {
+    "softmax post": {},
+    "softmax pre": {"softmax_order": "pre", "renormalize": False},
+    "sigmoid bias": {"score_function": "sigmoid", "expert_bias": True},
+    "groups": {"score_function": "sigmoid", "num_groups": 4, "group_topk": 2},
+    "sqrtsoftplus": {"score_function": "sqrtsoftplus", "scaling_factor": 2.0},
+}
+
+
+def batch(seed: int = 0) -> Tensor:
+    return torch.randn(2, T // 2, D, generator=torch.Generator().manual_seed(seed + 100))
+
+
+def loss_of(y: Tensor) -> Tensor:
+    return (y * torch.linspace(-1, 1, y.numel(), device=y.device, dtype=y.dtype).view(y.shape)).sum()
+
+
+def record(model: Model, x: Tensor, **options: Any) -> RoutingTrace:
+    session = RoutingSession(model)
+    with torch.no_grad(), session.record(**options) as recording:
+        model(x)
+    session.close()
+    return recording.trace()
+
+
+def explicit(model: Model, x: Tensor, trace: RoutingTrace) -> Tensor:
+    """Forward with the trace's ids passed as arguments: no session involved."""
+    for layer, block in enumerate(model.blocks):
+        x = x + block.moe(block.norm(x), replay=RoutingDecision(trace.wide_ids()[:, layer]))
+    return x

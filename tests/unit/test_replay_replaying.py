@@ -1,53 +1,35 @@
-"""RoutingSession: bit-exact replay, recompute in any order, guards, counts, metrics."""
+"""RoutingSession.replay and compare: bit-exact, refused when anything does not fit, counted, and the alarm."""
 
 from __future__ import annotations
 
 import copy
-import gc
-import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from moe_layer import RoutingDecision, RoutingError, RoutingSession, RoutingTrace, TraceError
+from moe_layer import RoutingError, RoutingSession, RoutingTrace, TraceError
 from moe_layer.config import ReplayConfig
-from tests.unit.replay_models import LAYERS, D, E, K, Model, T, assert_same, grads, make_model, make_trace, random_ids
-
-ROUTERS: dict[str, dict[str, Any]] = {
-    "softmax post": {},
-    "softmax pre": {"softmax_order": "pre", "renormalize": False},
-    "sigmoid bias": {"score_function": "sigmoid", "expert_bias": True},
-    "groups": {"score_function": "sigmoid", "num_groups": 4, "group_topk": 2},
-    "sqrtsoftplus": {"score_function": "sqrtsoftplus", "scaling_factor": 2.0},
-}
-
-
-def batch(seed: int = 0) -> Tensor:
-    return torch.randn(2, T // 2, D, generator=torch.Generator().manual_seed(seed + 100))
-
-
-def loss_of(y: Tensor) -> Tensor:
-    return (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum()
-
-
-def record(model: Model, x: Tensor, **options: Any) -> RoutingTrace:
-    session = RoutingSession(model)
-    with torch.no_grad(), session.record(**options) as recording:
-        model(x)
-    session.close()
-    return recording.trace()
-
-
-def explicit(model: Model, x: Tensor, trace: RoutingTrace) -> Tensor:
-    """Forward with the trace's ids passed as arguments: no session involved."""
-    for layer, block in enumerate(model.blocks):
-        x = x + block.moe(block.norm(x), replay=RoutingDecision(trace.wide_ids()[:, layer]))
-    return x
-
+from tests.unit.replay_models import (
+    LAYERS,
+    ROUTERS,
+    D,
+    E,
+    K,
+    Model,
+    T,
+    assert_same,
+    batch,
+    explicit,
+    grads,
+    loss_of,
+    make_model,
+    make_trace,
+    random_ids,
+    record,
+)
 
 # ---- bits -----------------------------------------------------------------------------------------------------------
 
@@ -112,153 +94,6 @@ def test_weights_are_needed_where_the_policy_uses_them() -> None:
     session = RoutingSession(model)
     with pytest.raises(RoutingError, match="needs recorded weights"), session.replay(make_trace(weights=None)):
         model(batch())
-
-
-# ---- recompute ------------------------------------------------------------------------------------------------------
-
-Runner = Callable[[Any, Tensor], Tensor]
-
-
-def runners(session: RoutingSession) -> dict[str, Runner]:
-    """Ways to checkpoint a block under an open replay."""
-
-    def selective() -> Any:
-        def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-            return CheckpointPolicy.MUST_SAVE if "route_topk" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
-
-        return create_selective_checkpoint_contexts(policy)
-
-    def nested(block: Any, x: Tensor) -> Tensor:
-        def inner(x: Tensor) -> Tensor:
-            return checkpoint(session.bind(block), x, use_reentrant=True)
-
-        return checkpoint(session.bind(inner), x, use_reentrant=True)
-
-    return {
-        "context_fn": lambda b, x: checkpoint(b, x, use_reentrant=False, context_fn=session.context_fn),
-        "bind, non-reentrant": lambda b, x: checkpoint(session.bind(b), x, use_reentrant=False),
-        "bind, reentrant": lambda b, x: checkpoint(session.bind(b), x, use_reentrant=True),
-        "bind, nested reentrant": nested,
-        "selective": lambda b, x: checkpoint(b, x, use_reentrant=False, context_fn=session.composed(selective)),
-    }
-
-
-ORDERS = {"F0 B0 F1 B1": "f0b0f1b1", "F0 F1 B0 B1": "f0f1b0b1", "F0 F1 B1 B0": "f0f1b1b0", "one loss": "f0f1s"}
-
-
-def schedule(order: str, forward: Callable[[int], Tensor]) -> None:
-    losses: dict[int, Tensor] = {}
-    for step, which in zip(order[::2], order[1::2] + " ", strict=False):
-        if step == "f":
-            losses[int(which)] = forward(int(which))
-        elif step == "b":
-            losses.pop(int(which)).backward()
-        else:
-            torch.stack(list(losses.values())).sum().backward()
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(
-    "kind", ["context_fn", "bind, non-reentrant", "bind, reentrant", "bind, nested reentrant", "selective"]
-)
-def test_recompute_in_any_order(kind: str, order: str) -> None:
-    """Gradient error exactly 0 against the same without checkpointing, and the counters count once."""
-    model = make_model()
-    traces = [make_trace(seed=seed) for seed in (3, 4)]
-    session = RoutingSession(model)
-
-    def forward(index: int, run: Runner | None) -> Tensor:
-        x = batch(index).requires_grad_()
-        with session.replay(traces[index]):
-            return loss_of(model(x, run))
-
-    def counters() -> list[list[int]]:
-        return [block.moe.router.tokens_per_expert.tolist() for block in model.blocks]
-
-    schedule(ORDERS[order], lambda i: forward(i, None))
-    expected, counted, metrics = grads(model), counters(), session.metrics()
-    schedule(ORDERS[order], lambda i: forward(i, runners(session)[kind]))
-    assert_same(grads(model), expected)
-    assert counters() == [[2 * n for n in row] for row in counted]
-    assert session.metrics() == metrics, "a recompute is not a second replay"
-
-
-def test_recompute_twice() -> None:
-    model = make_model()
-    session = RoutingSession(model)
-    with session.replay(make_trace(seed=3)):
-        loss = loss_of(model(batch(), runners(session)["context_fn"]))
-    loss.backward(retain_graph=True)
-    first = grads(model)
-    loss.backward()
-    assert_same(grads(model), first)
-
-
-def test_live_micro_batches_between_replayed_ones() -> None:
-    model = make_model()
-    session = RoutingSession(model)
-    run = runners(session)["context_fn"]
-
-    def step(run: Runner | None) -> dict[str, Tensor]:
-        with session.replay(make_trace(seed=3)):
-            a = loss_of(model(batch(0), run))
-        b = loss_of(model(batch(1), run))
-        with session.replay(make_trace(seed=4)):
-            c = loss_of(model(batch(2), run))
-            with session.live():
-                d = loss_of(model(batch(3), run))
-        for loss in (b, d, c, a):
-            loss.backward()
-        return grads(model)
-
-    assert_same(step(run), step(None))
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("inside", [False, True])
-def test_unbound_recompute_raises(reentrant: bool, inside: bool) -> None:
-    """The silent way to wrong gradients in other systems; `inside`: backward before the block is closed."""
-    model = make_model()
-    session = RoutingSession(model)
-
-    def run(block: Any, x: Tensor) -> Tensor:
-        return checkpoint(block, x, use_reentrant=reentrant)
-
-    x = batch().requires_grad_()
-    with pytest.raises(RoutingError, match=r"'blocks.1.moe' recomputes without replay binding.*session.context_fn"):
-        if inside:
-            with session.replay(make_trace(seed=3)):
-                loss_of(model(x, run)).backward()
-        else:
-            with session.replay(make_trace(seed=3)):
-                loss = loss_of(model(x, run))
-            loss.backward()
-
-
-def test_guard_lets_others_pass() -> None:
-    """Live training with checkpointing, before and after a replay without it, raises nothing."""
-    model = make_model()
-    session = RoutingSession(model)
-
-    def run(block: Any, x: Tensor) -> Tensor:
-        return checkpoint(block, x, use_reentrant=False)
-
-    loss_of(model(batch(), run)).backward()
-    with session.replay(make_trace(seed=3)):
-        loss_of(model(batch())).backward()
-    gc.collect()
-    loss_of(model(batch(), run)).backward()
-    with session.record():
-        loss_of(model(batch(), run)).backward()
-
-
-def test_bound_function_serves_one_forward() -> None:
-    model = make_model()
-    session = RoutingSession(model)
-    bound = session.bind(model.blocks[0])
-    bound(batch())
-    with pytest.raises(RoutingError, match=r"session\.bind for each forward"):
-        bound(batch())
 
 
 # ---- counts and names -----------------------------------------------------------------------------------------------
@@ -340,16 +175,6 @@ def test_explicit_argument_inside_a_replay_is_a_conflict() -> None:
         model.blocks[0].moe(batch(), replay=random_ids()[:, 0])
 
 
-def test_recording_refuses_layers_that_ran_differently() -> None:
-    model = make_model()
-    with (
-        RoutingSession(model) as session,
-        pytest.raises(TraceError, match="run the whole model inside record"),
-        session.record(),
-    ):
-        model.blocks[0](batch())
-
-
 def test_excluded_layers_stay_live() -> None:
     model = make_model()
     session = RoutingSession(model, exclude=["blocks.0.*"])
@@ -363,100 +188,6 @@ def test_excluded_layers_stay_live() -> None:
     session.close()
     with pytest.raises(RoutingError, match="2 MoE layers of ours and 0 after exclude"):
         RoutingSession(model, exclude=["blocks.*"])
-
-
-def test_a_model_that_is_one_layer_and_wrapped_names() -> None:
-    layer = make_model().blocks[0].moe
-    with RoutingSession(layer) as session:
-        assert session.layers == (".",)
-        with session.record() as recording:
-            layer(torch.randn(3, D))
-        assert recording.trace().num_tokens == 3
-    wrapped = torch.nn.Sequential()
-    wrapped.add_module("module", make_model())
-    with RoutingSession(wrapped) as session:
-        assert session.layers == LAYERS
-
-
-def test_copies_carry_no_session() -> None:
-    model = make_model()
-    session = RoutingSession(model)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert all(block.moe.router.routing_tap is None for block in twin.blocks)
-        with session.replay(make_trace()):
-            assert torch.equal(twin(batch()), make_model()(batch()))
-            model(batch())
-
-
-def test_one_session_at_a_time() -> None:
-    model = make_model()
-    session = RoutingSession(model)
-    with pytest.raises(RoutingError, match="another session is attached"):
-        RoutingSession(model)
-    session.close()
-    RoutingSession(model)  # dropped at once: it must not block the next one
-    gc.collect()
-    RoutingSession(model).close()
-
-
-def test_two_models_do_not_see_each_other() -> None:
-    a, b = make_model(), make_model()
-    with RoutingSession(a) as session, RoutingSession(b) as other, session.replay(make_trace(seed=3)):
-        with other.record() as recording:
-            y = b(batch())
-        a(batch())
-    assert torch.equal(y, make_model()(batch()))
-    assert torch.equal(recording.trace().ids, record(make_model(), batch()).ids)
-
-
-# ---- padding, chunks, static recording ------------------------------------------------------------------------------
-
-
-def test_padding_is_recorded_as_missing() -> None:
-    layer = make_model().blocks[0].moe
-    valid = torch.tensor([True, False, True, True])
-    x = torch.randn(4, D)
-    with RoutingSession(layer) as session:
-        with session.record() as recording:
-            layer(x, valid=valid)
-        trace = recording.trace()
-        assert (trace.wide_ids()[:, 0] >= 0).all(1).tolist() == valid.tolist()
-        packed = recording.trace(torch.tensor([0, -1, 1, 2]), cu_seqlens=[0, 1, 3])
-        assert packed.num_tokens == 3 and torch.equal(packed.ids, trace.ids[valid])
-        with session.replay(trace):
-            y = layer(x, valid=valid)
-        assert torch.equal(y, layer(x, valid=valid))
-
-
-def test_recording_and_replaying_in_chunks() -> None:
-    """Prefill and decode steps: several calls of each layer in one block, one plan for all."""
-    model = make_model()
-    x = batch().flatten(0, 1)
-    session = RoutingSession(model)
-    with session.record() as recording:
-        parts = [model(x[:7]), model(x[7:8]), model(x[8:])]
-    trace = recording.trace()
-    assert torch.equal(trace.ids, record(make_model(), x).ids)
-    with session.replay(trace):
-        again = [model(x[:7]), model(x[7:8]), model(x[8:])]
-    assert torch.equal(torch.cat(parts), torch.cat(again))
-
-
-def test_static_recording_takes_each_launch_home() -> None:
-    model = make_model()
-    session = RoutingSession(model)
-    with session.record(max_tokens=T + 4) as recording:
-        model(batch())
-        recording.commit(T)
-        model(batch(1))
-        recording.commit(T)
-    trace = recording.trace()
-    expected = RoutingTrace.concat([record(make_model(), batch(i)) for i in (0, 1)])
-    assert torch.equal(trace.ids, expected.ids)
-    with pytest.raises(TraceError, match="raise max_tokens"), session.record(max_tokens=3):
-        model(batch())
-    with pytest.raises(RoutingError, match="keeps no weights"), session.record(max_tokens=3, weights=True):
-        pass
 
 
 def test_partial_traces_are_filled_live() -> None:

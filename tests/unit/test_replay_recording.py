@@ -1,0 +1,122 @@
+"""RoutingSession.record: what is kept, of which layers, in which rows; sessions and models, names and copies."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+
+from moe_layer import RoutingError, RoutingSession, RoutingTrace, TraceError
+from tests.unit.replay_models import (
+    LAYERS,
+    D,
+    T,
+    batch,
+    make_model,
+    make_trace,
+    record,
+)
+
+
+def test_recording_refuses_layers_that_ran_differently() -> None:
+    model = make_model()
+    with (
+        RoutingSession(model) as session,
+        pytest.raises(TraceError, match="run the whole model inside record"),
+        session.record(),
+    ):
+        model.blocks[0](batch())
+
+
+def test_a_model_that_is_one_layer_and_wrapped_names() -> None:
+    layer = make_model().blocks[0].moe
+    with RoutingSession(layer) as session:
+        assert session.layers == (".",)
+        with session.record() as recording:
+            layer(torch.randn(3, D))
+        assert recording.trace().num_tokens == 3
+    wrapped = torch.nn.Sequential()
+    wrapped.add_module("module", make_model())
+    with RoutingSession(wrapped) as session:
+        assert session.layers == LAYERS
+
+
+def test_copies_carry_no_session() -> None:
+    model = make_model()
+    session = RoutingSession(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(block.moe.router.routing_tap is None for block in twin.blocks)
+        with session.replay(make_trace()):
+            assert torch.equal(twin(batch()), make_model()(batch()))
+            model(batch())
+
+
+def test_one_session_at_a_time() -> None:
+    model = make_model()
+    session = RoutingSession(model)
+    with pytest.raises(RoutingError, match="another session is attached"):
+        RoutingSession(model)
+    session.close()
+    RoutingSession(model)  # dropped at once: it must not block the next one
+    gc.collect()
+    RoutingSession(model).close()
+
+
+def test_two_models_do_not_see_each_other() -> None:
+    a, b = make_model(), make_model()
+    with RoutingSession(a) as session, RoutingSession(b) as other, session.replay(make_trace(seed=3)):
+        with other.record() as recording:
+            y = b(batch())
+        a(batch())
+    assert torch.equal(y, make_model()(batch()))
+    assert torch.equal(recording.trace().ids, record(make_model(), batch()).ids)
+
+
+def test_padding_is_recorded_as_missing() -> None:
+    layer = make_model().blocks[0].moe
+    valid = torch.tensor([True, False, True, True])
+    x = torch.randn(4, D)
+    with RoutingSession(layer) as session:
+        with session.record() as recording:
+            layer(x, valid=valid)
+        trace = recording.trace()
+        assert (trace.wide_ids()[:, 0] >= 0).all(1).tolist() == valid.tolist()
+        packed = recording.trace(torch.tensor([0, -1, 1, 2]), cu_seqlens=[0, 1, 3])
+        assert packed.num_tokens == 3 and torch.equal(packed.ids, trace.ids[valid])
+        with session.replay(trace):
+            y = layer(x, valid=valid)
+        assert torch.equal(y, layer(x, valid=valid))
+
+
+def test_recording_and_replaying_in_chunks() -> None:
+    """Prefill and decode steps: several calls of each layer in one block, one plan for all."""
+    model = make_model()
+    x = batch().flatten(0, 1)
+    session = RoutingSession(model)
+    with session.record() as recording:
+        parts = [model(x[:7]), model(x[7:8]), model(x[8:])]
+    trace = recording.trace()
+    assert torch.equal(trace.ids, record(make_model(), x).ids)
+    with session.replay(trace):
+        again = [model(x[:7]), model(x[7:8]), model(x[8:])]
+    assert torch.equal(torch.cat(parts), torch.cat(again))
+
+
+def test_static_recording_takes_each_launch_home() -> None:
+    model = make_model()
+    session = RoutingSession(model)
+    with session.record(max_tokens=T + 4) as recording:
+        model(batch())
+        recording.commit(T)
+        model(batch(1))
+        recording.commit(T)
+    trace = recording.trace()
+    expected = RoutingTrace.concat([record(make_model(), batch(i)) for i in (0, 1)])
+    assert torch.equal(trace.ids, expected.ids)
+    with pytest.raises(TraceError, match="raise max_tokens"), session.record(max_tokens=3):
+        model(batch())
+    with pytest.raises(RoutingError, match="keeps no weights"), session.record(max_tokens=3, weights=True):
+        pass
