@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 from moe_layer.config import MoEConfig, load_config
 from moe_layer.dispatch import Dispatcher, make_dispatcher
+from moe_layer.dispatch.exchange import ExchangeDispatcher
+from moe_layer.dispatch.share import TokenShare
 from moe_layer.errors import ConfigError, RoutingError
 from moe_layer.experts import Experts
+from moe_layer.experts.packed import pack, packed_experts
 from moe_layer.experts.parameters import local_part
 from moe_layer.experts.shared import SharedExpert
 from moe_layer.ops.fan_out import fan_out
@@ -24,7 +27,7 @@ from moe_layer.ops.kernels import note_first_cuda_use, require_kernels
 from moe_layer.parallel.compat import broadcast
 from moe_layer.replay.decision import as_decision
 from moe_layer.router import Router
-from moe_layer.types import Routing, RoutingDecision
+from moe_layer.types import Received, Routing, RoutingDecision
 
 if TYPE_CHECKING:
     from moe_layer.parallel.context import ParallelContext
@@ -63,6 +66,7 @@ class MoELayer(nn.Module):
             self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False, **where)
         self.layer_index = 0
         self.dispatcher: Dispatcher
+        self._share: TokenShare | None
         self.bind(None)
         self.reset_parameters()
 
@@ -117,6 +121,24 @@ class MoELayer(nn.Module):
             layer_index=layer_index,
             kernels=cfg.kernels,
         )
+        self._share = None
+        if dispatch.backend == "replicated" and isinstance(self.dispatcher, ExchangeDispatcher):
+            self._share = TokenShare(self.dispatcher.link, reduce=dispatch.reduce)
+        self._pack()
+
+    @property
+    def _packed(self) -> bool:
+        return self.config.shared_expert is not None and self.config.shared_expert.mode == "packed"
+
+    def _pack(self) -> None:
+        if self._packed and self.shared_expert is not None:
+            pack(self.experts, self.shared_expert)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MoELayer:
+        """`to`, `cuda`, `to_empty`, ...: each moves parameter by parameter, so what lay together is joined again."""
+        super()._apply(fn, recurse)
+        self._pack()
+        return self
 
     def forward(
         self,
@@ -154,19 +176,34 @@ class MoELayer(nn.Module):
             replay=as_decision(replay, x.shape[:-1], self.config.router.top_k, device=x.device),
         )
         received = self.dispatcher.dispatch(routed_TD, routing)
-        rows = self.experts(received)
-        y_TD = self.dispatcher.combine(rows, received, add=self._shared(shared_TD))
+        rows, add_TD = self._mlp(received, shared_TD)
+        y_TD = self.dispatcher.combine(rows, received, add=add_TD)
 
         y = y_TD.reshape(x.shape)
         return (y, routing.detach()) if return_routing else y
 
-    def _shared(self, x_TD: Tensor) -> Tensor | None:
-        if self.shared_expert is None:
-            return None
-        y_TD = self.shared_expert(x_TD)
-        if self.shared_expert_gate is None:
-            return y_TD
-        return torch.sigmoid(self.shared_expert_gate(x_TD)) * y_TD
+    def _mlp(self, received: Received, x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Routed rows through their experts, x through the shared one (`[T, D]`, None without it)."""
+        shared, share = self.shared_expert, self._share
+        if shared is None:
+            return self.experts(received), None
+        if self._packed:
+            part_TD = x_TD if share is None else share.take(x_TD)
+            sum_gradient = None if share is None else share.sum_gradient
+            alignment = self.config.dispatch.alignment
+            rows, y_TD = packed_experts(
+                self.experts, shared, received, part_TD, alignment=alignment, sum_gradient=sum_gradient
+            )
+        elif share is None or share.reduce:
+            rows, y_TD = self.experts(received), shared(x_TD)
+            share = None  # every rank has all tokens and the whole result
+        else:
+            rows, y_TD = self.experts(received), shared(share.take(x_TD))
+        if share is not None:
+            y_TD = share.spread(y_TD, tokens=x_TD.shape[0])
+        if self.shared_expert_gate is not None:
+            y_TD = torch.sigmoid(self.shared_expert_gate(x_TD)) * y_TD
+        return rows, y_TD
 
     def _boundaries(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
         if cu_seqlens is not None:
@@ -240,7 +277,7 @@ class MoELayer(nn.Module):
     # ---- copies: process groups and workspaces stay behind ----------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "dispatcher"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("dispatcher", "_share")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -83,6 +83,8 @@ class SharedExpertConfig:
     """Width of the expert that every token passes through."""
     gate: bool = False
     """Multiply its output by sigmoid(x @ shared_expert_gate.weight) (Qwen3-Next)."""
+    mode: Literal["overlap", "packed"] = "overlap"
+    """Its own GEMMs beside the routed ones, or one more group of their grouped GEMM (equal widths, swiglu)."""
 
     def __post_init__(self) -> None:
         rules.check(self)

@@ -166,6 +166,29 @@ def moe(c: model.MoEConfig) -> Problems:
         )
     yield from _replay(c)
     yield from _padded(c)
+    yield from _packed(c)
+
+
+def _packed(c: model.MoEConfig) -> Problems:
+    """One grouped GEMM has one width, one activation, one set of biases and one weight format."""
+    shared, e = c.shared_expert, c.experts
+    if shared is None or shared.mode != "packed":
+        return
+    if shared.intermediate_size != e.intermediate_size:
+        yield (
+            f"shared_expert.mode (packed) needs shared_expert.intermediate_size ({shared.intermediate_size}) equal to "
+            f"experts.intermediate_size ({e.intermediate_size}); make them equal or use mode overlap"
+        )
+    for key, value, wanted in (
+        ("activation", e.activation, "swiglu"),
+        ("bias", e.bias, False),
+        ("weight_format", e.weight_format, "input"),
+    ):
+        if value != wanted:
+            yield (
+                f"shared_expert.mode (packed) needs experts.{key} {_show(wanted)}, got {_show(value)}, since the "
+                f"shared expert is a plain SwiGLU MLP; use mode overlap"
+            )
 
 
 def _padded(c: model.MoEConfig) -> Problems:

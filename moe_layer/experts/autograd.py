@@ -11,7 +11,7 @@ from moe_layer.experts.compute import row_gradient, run_backward, run_forward
 from moe_layer.experts.spec import ExpertsSpec, Layout, Weights
 from moe_layer.types import GradientLink
 
-NAMES = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+NAMES = ("experts.gate_up_proj", "experts.down_proj", "experts.gate_up_proj_bias", "experts.down_proj_bias")
 
 
 def main_grad_of(parameter: Tensor | None, name: str) -> Tensor | None:
@@ -26,17 +26,17 @@ def main_grad_of(parameter: Tensor | None, name: str) -> Tensor | None:
         return None
     if hasattr(parameter, "to_local") or not parameter.is_leaf:
         raise ValueError(
-            f"experts.{name} has a main_grad but is sharded (DTensor or FSDP), where gradients must go through "
+            f"{name} has a main_grad but is sharded (DTensor or FSDP), where gradients must go through "
             "autograd; delete its main_grad attribute or keep the parameter unsharded"
         )
     if torch.compiler.is_compiling():
         raise RuntimeError(
-            f"experts.{name} has a main_grad, which torch.compile cannot update in backward; "
+            f"{name} has a main_grad, which torch.compile cannot update in backward; "
             "delete the attribute or run this layer in eager mode (torch.compiler.disable)"
         )
     if main_grad.dtype != torch.float32 or main_grad.shape != parameter.shape or main_grad.device != parameter.device:
         raise ValueError(
-            f"experts.{name}.main_grad is {main_grad.dtype} {tuple(main_grad.shape)} on {main_grad.device}, must be "
+            f"{name}.main_grad is {main_grad.dtype} {tuple(main_grad.shape)} on {main_grad.device}, must be "
             f"float32 {tuple(parameter.shape)} on {parameter.device}; allocate it as "
             "torch.zeros_like(parameter, dtype=torch.float32)"
         )

@@ -111,7 +111,7 @@ class Experts(nn.Module):
             gate_up_bias=local_part(self.gate_up_proj_bias),
             down_bias=local_part(self.down_proj_bias),
         )
-        dtype = self._check(received, weights)
+        spec = self.spec(received)
         layout = Layout(
             x=received.rows,
             index=received.index_N,
@@ -132,7 +132,16 @@ class Experts(nn.Module):
                 alpha=float(config.clamp_alpha),
                 cache=self._quantized,
             )
-        spec = ExpertsSpec(
+        return experts_mlp(layout, weights, spec, parameters=parameters, link=received.link)
+
+    def spec(self, received: Received) -> ExpertsSpec:
+        """The static facts of a call on these rows, with the backend that will run it.
+
+        Raises:
+            TypeError, ValueError: see `forward`.
+        """
+        config, dtype = self.config, self._check(received)
+        return ExpertsSpec(
             backend=resolve(
                 config.backend,
                 received.rows.device,
@@ -149,11 +158,10 @@ class Experts(nn.Module):
             compute_dtype=dtype,
             num_experts=received.plan.num_experts,
         )
-        return experts_mlp(layout, weights, spec, parameters=parameters, link=received.link)
 
-    def _check(self, received: Received, weights: Weights) -> torch.dtype:
+    def _check(self, received: Received) -> torch.dtype:
         """The GEMMs' dtype, after the checks of `forward`."""
-        rows, matrix = received.rows, weights.gate_up
+        rows, matrix = received.rows, local_part(self.gate_up_proj)
         num_local = received.offsets_L1.shape[0] - 1
         if rows.ndim != 2 or rows.shape[1] != self.hidden_size or num_local != matrix.shape[0]:
             raise ValueError(

@@ -11,6 +11,7 @@ SCRIPTS = {
     "router": ("router.py", "the router op on one GPU: CUDA-graph medians of forward and backward"),
     "layer": ("layer_gpu.py", "the layer on one GPU: eager, CUDA graph, its own six GEMMs"),
     "dispatch": ("dispatch.py", "dispatch, combine and the layer over two GPUs, beside NCCL without deduplication"),
+    "shared": ("shared.py", "the layer with its shared expert packed and apart, one GPU"),
     "layer-cpu": ("layer.py", "the block on CPU, interleaved with transformers'"),
 }
 

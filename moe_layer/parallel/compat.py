@@ -54,6 +54,19 @@ def all_reduce(tensor: Tensor, *, group: Any) -> None:
     dist.all_reduce(tensor, group=group)
 
 
+def start_all_reduce(group: Any, tensor: Tensor) -> Any:
+    """Start a sum over the group, in place; returns the Work (see `all_to_all` for why the method is called)."""
+    return group.allreduce([tensor])
+
+
+def set_local(parameter: Tensor, value: Tensor) -> None:
+    """Give a parameter (its local part, when it is a DTensor) other memory; its identity stays."""
+    if hasattr(parameter, "to_local"):
+        parameter._local_tensor = value  # type: ignore[attr-defined]
+    else:
+        parameter.data = value
+
+
 def destroy_group(group: Any) -> None:
     """Destroy a subgroup; a default group that is gone already took it along."""
     if dist.is_initialized() and group is not None:

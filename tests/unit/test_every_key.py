@@ -31,6 +31,7 @@ SMALL = [
 
 ELSEWHERE = {
     "moe.kernels": "tests/unit/test_every_key.py::test_kernels",
+    "moe.shared_expert.mode": "tests/unit/test_packed.py::test_one_grouped_call",
     "moe.dispatch.backend": "tests/distributed/test_keys.py::test_backend",
     "moe.dispatch.reduce": "tests/distributed/test_keys.py::test_reduce",
     "moe.dispatch.deadline_s": "tests/distributed/test_keys.py::test_deadline_s",
