@@ -1,0 +1,235 @@
+"""QuACK's compiled GEMMs, launched without its interface layer: the only file that calls quack-kernels 0.6.5.
+
+A plan of QuACK's holds a compiled kernel and nothing that depends on sizes, so one plan for each kind of GEMM, tile and
+device serves every number of rows. The first call of a kind goes through QuACK's own checks and compiles (or reads its
+cache on disk); the next ones cost a dictionary lookup and the launch.
+
+Letters: N rows, D hidden, F expert width, L local experts.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_layer.experts.tiles import Tile
+
+
+@functools.cache
+def _config(tile: Tile) -> Any:
+    from quack.gemm_config import GemmConfig
+
+    return GemmConfig(
+        tile_m=tile.m,
+        tile_n=tile.n,
+        cluster_m=tile.cluster_m,
+        cluster_n=tile.cluster_n,
+        pingpong=tile.pingpong,
+        is_dynamic_persistent=False,
+        device_capacity=9,
+    )
+
+
+@functools.cache
+def _gated(with_probs: bool) -> Any:
+    """Epilogue of F1: the pre-activation pairs, and silu(g) * u (* p)."""
+    from quack.activation import swiglu
+    from quack.epilogue import gemm_epilogue, pack, unpack
+    from quack.epilogue.ops import ColVecLoad
+
+    if not with_probs:
+
+        @gemm_epilogue(outputs=("activated",), mode="acc_pair")
+        def gated(acc):  # type: ignore[no-untyped-def]
+            g, u = unpack(acc)
+            return {"D": pack(g, u), "activated": swiglu(g, u)}
+
+        return gated
+
+    @gemm_epilogue(outputs=("activated",), ops={"probs": ColVecLoad("probs")}, mode="acc_pair")
+    def gated_probs(acc, probs):  # type: ignore[no-untyped-def]
+        g, u = unpack(acc)
+        return {"D": pack(g, u), "activated": swiglu(g, u) * probs}
+
+    return gated_probs
+
+
+@functools.cache
+def _dgated(with_probs: bool) -> Any:
+    """Epilogue of B1: d(pre-activation) pairs, the activation again, and per row <activation, d(activation)>."""
+    from quack.epilogue.library import dgated_mod
+
+    return dgated_mod("swiglu", has_scale=with_probs, has_reduce=with_probs)
+
+
+@functools.cache
+def _plans(device: torch.device) -> dict[tuple, Any]:
+    """Plans of this process on one device."""
+    return {}
+
+
+@functools.cache
+def _entry_points() -> tuple[Any, Any, Any]:
+    from quack.gemm import run_gemm_plan
+    from quack.gemm_interface import _gemm_execute
+    from quack.gemm_runtime.host import run_gemm_epi_plan
+
+    return run_gemm_epi_plan, run_gemm_plan, _gemm_execute
+
+
+def _launch_epilogue(
+    mod: Any,
+    key: tuple,
+    a: Tensor,
+    b: Tensor,
+    d: Tensor,
+    c: Tensor | None,
+    *,
+    tile: Tile,
+    operands: dict[str, Tensor],
+    offsets: Tensor,
+    index: Tensor | None,
+    b_kn: bool,
+    concat: tuple[str, ...] | None,
+) -> None:
+    plans = _plans(a.device)
+    plan = plans.get(key)
+    if plan is not None:
+        _entry_points()[0](plan, a, b, d, c, operands, cu_seqlens_m=offsets, A_idx=index)
+        return
+    config = _config(tile)
+    plans[key] = mod.gemm(
+        a,
+        b,
+        d,
+        c,
+        epi_args=operands,
+        tile_M=config.tile_m,
+        tile_N=config.tile_n,
+        tile_K=config.tile_k,
+        cluster_M=config.cluster_m,
+        cluster_N=config.cluster_n,
+        pingpong=config.pingpong,
+        is_dynamic_persistent=False,
+        max_swizzle_size=config.max_swizzle_size,
+        cu_seqlens_m=offsets,
+        A_idx=index,
+        b_kn=b_kn,
+        concat_layout=concat,
+    )
+
+
+def gate_up(
+    x: Tensor, weight_L2FD: Tensor, probs_N: Tensor | None, *, offsets: Tensor, index: Tensor | None, tile: Tile
+) -> tuple[Tensor, Tensor]:
+    """F1: H [N, 2F] with alternating gate and up columns, and silu(g) * u * p [N, F]."""
+    num_rows = x.shape[0] if index is None else index.shape[0]
+    columns = weight_L2FD.shape[1]
+    h_N2F, a_NF = x.new_empty(num_rows, columns), x.new_empty(num_rows, columns // 2)
+    operands = {"activated": a_NF}
+    if probs_N is not None:
+        operands["probs"] = probs_N
+    _launch_epilogue(
+        _gated(probs_N is not None),
+        ("gate_up", tile, probs_N is None, index is None),
+        x,
+        weight_L2FD,
+        h_N2F,
+        None,
+        tile=tile,
+        operands=operands,
+        offsets=offsets,
+        index=index,
+        b_kn=False,
+        concat=("B",),
+    )
+    return h_N2F, a_NF
+
+
+def d_activation(
+    d_rows: Tensor,
+    down_LDF: Tensor,
+    h_N2F: Tensor,
+    probs_N: Tensor | None,
+    *,
+    offsets: Tensor,
+    index: Tensor | None,
+    tile: Tile,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """B1: d(H) [N, 2F], the activation times p again [N, F], and d(p) [N] (None without probabilities)."""
+    num_rows, width = h_N2F.shape[0], down_LDF.shape[2]
+    d_h_N2F, a_NF = torch.empty_like(h_N2F), h_N2F.new_empty(num_rows, width)
+    operands, partial = {"mAuxOut": a_NF}, None
+    if probs_N is not None:
+        partial = h_N2F.new_empty(num_rows, -(-width // tile.n), dtype=torch.float32)
+        operands.update(mColVecBroadcast=probs_N, mColVecReduce=partial)
+    _launch_epilogue(
+        _dgated(probs_N is not None),
+        ("d_activation", tile, probs_N is None, index is None),
+        d_rows,
+        down_LDF,
+        d_h_N2F,
+        h_N2F,
+        tile=tile,
+        operands=operands,
+        offsets=offsets,
+        index=index,
+        b_kn=True,
+        concat=None,
+    )
+    return d_h_N2F, a_NF, None if partial is None else partial.sum(dim=-1)
+
+
+def matmul(
+    kind: str,
+    a: Tensor,
+    b_NK: Tensor,
+    out: Tensor,
+    *,
+    tile: Tile,
+    rows: Tensor | None = None,
+    depth: Tensor | None = None,
+    index: Tensor | None = None,
+    concat: tuple[str, ...] | None = None,
+    accumulate: bool = False,
+) -> None:
+    """out (+)= a @ b^T, grouped over a's rows (`rows`: boundaries) or over the contraction (`depth`).
+
+    Args:
+        kind: name of the call site; all its calls have the same layouts.
+        a: `[N, K]`, or `[M, N]` column-major with `depth`. b_NK: `[L, columns, K]`, or `[columns, N]` with `depth`.
+        out: `[N, columns]`, or `[L, M, columns]` with `depth`; fp32 where it is accumulated into a main_grad.
+        concat: `("B",)` or `("out",)`: that operand holds gate rows first where a kernel wants pairs.
+    """
+    _, run_plan, execute = _entry_points()
+    plans, key = _plans(a.device), (kind, tile, index is None, accumulate, out.dtype)
+    plan = plans.get(key)
+    if plan is not None:
+        run_plan(plan, a, b_NK, out, None, cu_seqlens_m=rows, cu_seqlens_k=depth, A_idx=index)
+        return
+    plans[key] = execute(
+        a,
+        b_NK.mT,
+        out,
+        None,
+        bias=None,
+        alpha=1.0,
+        beta=1.0,
+        cu_seqlens_m=rows,
+        cu_seqlens_k=depth,
+        A_idx=index,
+        batch_idx_permute=None,
+        add_to_output=accumulate,
+        dynamic_scheduler=False,
+        config=_config(tile),
+        rounding_mode=0,
+        sr_seed=0,
+        concat_layout=concat,
+        SFA=None,
+        SFB=None,
+        split_k=1,
+        split_k_mode=0,
+    )
