@@ -67,6 +67,11 @@ def set_local(parameter: Tensor, value: Tensor) -> None:
         parameter.data = value
 
 
+def flat_mesh(mesh: Any) -> Any:
+    """The mesh with one dimension."""
+    return mesh if mesh.ndim == 1 else mesh._flatten("_".join(mesh.mesh_dim_names))
+
+
 def destroy_group(group: Any) -> None:
     """Destroy a subgroup; a default group that is gone already took it along."""
     if dist.is_initialized() and group is not None:

@@ -4,9 +4,11 @@ dp*ep."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moe_layer.errors import ConfigError
 from moe_layer.parallel import compat
@@ -27,8 +29,11 @@ def sync_gradients(model: nn.Module) -> None:
     zeros.
 
     Dense parameters: mean over dp*ep ranks. Experts: their owner already has the sum over its EP group; the sum over dp
-    is divided by dp*ep too (by dp under `backend: replicated`, where an EP group sees one batch). Also moves
-    `context.step` on.
+    is divided by dp*ep too (by dp under `backend: replicated`, where an EP group sees one batch). Parameters that FSDP
+    shards (`moe_layer.parallel.fsdp.shard_rest`) were averaged by it in backward. Also moves `context.step` on.
+
+    Raises:
+        ConfigError: FSDP shards parameters over other ranks than the mesh of `parallelize`.
     """
     context = context_of(model)
     if context is None:
@@ -41,7 +46,11 @@ def sync_gradients(model: nn.Module) -> None:
             target = replicated if layer.config.dispatch.backend == "replicated" else whole
             target.append(_gradient(parameter))
         routed.add(id(parameter))
-    dense = [_gradient(p) for p in model.parameters() if p.requires_grad and id(p) not in routed]
+    dense = [
+        _gradient(p)
+        for p in model.parameters()
+        if p.requires_grad and id(p) not in routed and not _averaged(p, context)
+    ]
     _reduce(dense, group=context.data_group, divisor=context.data_size, context=context)
     _reduce(whole, group=context.dp_group, divisor=context.data_size, context=context)
     _reduce(replicated, group=context.dp_group, divisor=context.dp_size, context=context)
@@ -52,8 +61,8 @@ def sync_gradients(model: nn.Module) -> None:
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     """Scale all gradients so that their global 2-norm is at most `max_norm`; every expert counts once.
 
-    Call after `sync_gradients`. The sum of squares of sharded experts is added over the EP group, so that all ranks
-    clip alike.
+    Call after `sync_gradients`. The sum of squares of sharded experts is added over the EP group, that of parameters
+    under FSDP over its mesh, so that all ranks clip alike.
 
     Returns:
         The norm before clipping, 0-d fp32.
@@ -66,15 +75,16 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     context = context_of(model)
     routed = {id(parameter) for _, parameter in expert_parameters(model)}
     parameters = [p for p in model.parameters() if p.requires_grad and _has_gradient(p)]
-    dense = [_gradient(p) for p in parameters if id(p) not in routed]
+    dense = [_gradient(p) for p in parameters if id(p) not in routed and not isinstance(p, DTensor)]
+    sharded = [p for p in parameters if id(p) not in routed and isinstance(p, DTensor)]
     experts = [_gradient(p) for p in parameters if id(p) in routed]
     device = next((g.device for g in (*dense, *experts)), torch.device("cpu"))
     expert_square = _sum_of_squares(experts, device)
     if context is not None and context.ep_size > 1:
         _all_reduce(expert_square, group=context.ep_group, context=context)
-    norm = (_sum_of_squares(dense, device) + expert_square).sqrt()
+    norm = (_sum_of_squares(dense, device) + expert_square + _sharded_square(sharded, device)).sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp_max(1.0)
-    for gradient in (*dense, *experts):
+    for gradient in (*dense, *experts, *map(_gradient, sharded)):
         gradient.mul_(factor.to(gradient.dtype))
     return norm.float()
 
@@ -97,6 +107,34 @@ def _sum_of_squares(gradients: Iterable[Tensor], device: torch.device) -> Tensor
     total = torch.zeros((), dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
     for gradient in gradients:
         total += torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32)).square()
+    return total
+
+
+def _averaged(parameter: nn.Parameter, context: ParallelContext) -> bool:
+    """Whether FSDP shards this dense parameter, and so averages its gradient."""
+    if not isinstance(parameter, DTensor):
+        return False
+    ranks = parameter.device_mesh.size()
+    if ranks != context.data_size:
+        raise ConfigError(
+            f"FSDP shards parameters over {ranks} ranks and parallelize uses {context.data_size}; give fully_shard the "
+            "flattened mesh of parallelize, as moe_layer.parallel.fsdp.shard_rest does"
+        )
+    return True
+
+
+def _sharded_square(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
+    """Sum of squares of FSDP's gradients: added up over the mesh dimensions that shard them."""
+    total = _sum_of_squares((), device)
+    by_place: dict[Any, list[Any]] = {}
+    for parameter in parameters:
+        by_place.setdefault((parameter.device_mesh, parameter.placements), []).append(parameter)  # type: ignore[attr-defined]
+    for (mesh, placements), same in by_place.items():
+        square = _sum_of_squares(map(_gradient, same), device)
+        for dimension, placement in enumerate(placements):
+            if placement.is_shard():
+                compat.all_reduce(square, group=mesh.get_group(dimension))
+        total += square
     return total
 
 
