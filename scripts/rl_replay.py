@@ -5,12 +5,10 @@ control.
     [grpo.rollout=fp8_1x128 ...]
 
 A transformers Qwen3-MoE model is trained from scratch on a synthetic grammar, then generates with a KV cache and
-records its
-routing; the trainer is a copy with our blocks. First one policy is scored under several pairs of precisions, then
-GRPO runs
-in each mode. Writes results.json (after each shape) and replay.png; exits with 1 when a promise does not hold. Both model shapes
-are shown, because the benefit depends on the model and the precision. `--device cuda` applies the file's `cuda`
-section: a bf16 trainer with fp8 rollouts.
+records its routing; the trainer is a copy with our blocks. First one policy is scored under several pairs of
+precisions, then GRPO runs in each mode. Writes results.json (after each shape) and replay.png; exits with 1 when a
+promise does not hold. Both model shapes are shown, because the benefit depends on the model and the precision.
+`--device cuda` applies the file's `cuda` section: a bf16 trainer with fp8 rollouts.
 """
 
 from __future__ import annotations
@@ -23,6 +21,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without installation, too
 
 import torch
 import transformers

@@ -38,13 +38,22 @@ class Model(nn.Module):
 
 
 def config(
-    *, experts: int = E, top_k: int = K, aux: bool = True, replay: ReplayConfig | None = None, **router: Any
+    *,
+    experts: int = E,
+    top_k: int = K,
+    hidden: int = D,
+    width: int = 8,
+    aux: bool = True,
+    replay: ReplayConfig | None = None,
+    backend: Any = "auto",
+    weight_format: Any = "input",
+    **router: Any,
 ) -> MoEConfig:
     losses = LossesConfig(aux="batch", aux_coeff=0.1, z_coeff=0.01) if aux else LossesConfig()
     return MoEConfig(
-        hidden_size=D,
+        hidden_size=hidden,
         router=RouterConfig(num_experts=experts, top_k=top_k, **router),
-        experts=ExpertsConfig(intermediate_size=8, init_std=0.3),
+        experts=ExpertsConfig(intermediate_size=width, init_std=0.3, backend=backend, weight_format=weight_format),
         losses=losses,
         replay=replay or ReplayConfig(),
     )
