@@ -29,6 +29,7 @@ from moe_layer.ops.tree_reduce import reduction_blocks, tree_reduce
 from moe_layer.parallel import compat
 from moe_layer.types import DispatchPlan, Received, Routing
 
+_SPLIT = "split" if "split" in Received.__dataclass_fields__ else "counts_LR"
 STATIC_FACTOR = 1.25  # rows per T*K under static capacity; uniform routing over two ranks needs about 1.02
 
 
@@ -40,8 +41,10 @@ def dispatch_config(backend: str, *, tokens: int, **options: Any) -> DispatchCon
     """
     name, _, capacity = backend.partition(":")
     options |= {"backend": name, "deadline_s": 20.0}
+    if capacity or name == "nvlink":
+        options["max_tokens_per_rank"] = tokens
     if capacity:
-        options |= {"capacity": capacity, "static_factor": STATIC_FACTOR, "max_tokens_per_rank": tokens}
+        options |= {"capacity": capacity, "static_factor": STATIC_FACTOR}
     return DispatchConfig(**options)
 
 
@@ -112,7 +115,7 @@ class UndedupedDispatcher:
             act_probs_N=probs_N,
             offsets_L1=splits.offsets_L1,
             counts_L=splits.counts_L,
-            counts_LR=splits.counts_L.unsqueeze(1),
+            **{_SPLIT: splits.counts_L.unsqueeze(1)},
             first_expert=self.rank * self.num_local,
             src=splits.source_N,
             row_CK=splits.position_TK,
