@@ -91,7 +91,12 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def _make_context(mesh: DeviceMesh, *, deadline_s: float) -> ParallelContext:
-    """Own groups with the dispatch deadline: work that is stuck at exit ends with it, not after torch's half hour."""
+    """Own groups with the dispatch deadline: work that is stuck at exit ends with it, not after torch's half hour.
+
+    NCCL's watchdog ends the process when its timeout comes first, before our error is there: it gets half a minute
+    more, and the group is aborted at the deadline (`ParallelContext.fail`).
+    """
+    timeout_s = deadline_s + (30.0 if mesh.device_type == "cuda" else 1.0)
     has_dp = "dp" in (mesh.mesh_dim_names or ())
     grid = mesh.mesh if has_dp else mesh.mesh.unsqueeze(0)
     if has_dp and mesh.mesh_dim_names == ("ep", "dp"):
@@ -99,7 +104,7 @@ def _make_context(mesh: DeviceMesh, *, deadline_s: float) -> ParallelContext:
     me = dist.get_rank()
     owned: list[Any] = []
 
-    def group_of_mine(table: list[list[int]], timeout_s: float) -> Any:
+    def group_of_mine(table: list[list[int]]) -> Any:
         found = None
         for ranks in table:
             group = compat.new_group(ranks, backend=None, timeout_s=timeout_s)
@@ -109,9 +114,9 @@ def _make_context(mesh: DeviceMesh, *, deadline_s: float) -> ParallelContext:
         return found
 
     dp_size, ep_size = grid.shape
-    ep_group = group_of_mine(grid.tolist(), deadline_s + 1.0)
-    dp_group = group_of_mine(grid.T.tolist(), deadline_s + 1.0) if dp_size > 1 else None
-    data_group = group_of_mine([grid.flatten().tolist()], deadline_s + 1.0) if grid.numel() > 1 else None
+    ep_group = group_of_mine(grid.tolist())
+    dp_group = group_of_mine(grid.T.tolist()) if dp_size > 1 else None
+    data_group = group_of_mine([grid.flatten().tolist()]) if grid.numel() > 1 else None
     place = (grid == me).nonzero()[0].tolist()
     device = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
     return ParallelContext(

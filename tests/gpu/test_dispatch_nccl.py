@@ -1,9 +1,8 @@
-"""Dispatch over NCCL on two GPUs: the bits of one GPU, and a deadline that names the rank and aborts the group."""
+"""Over NCCL on two GPUs: the bits of one GPU, FSDP2 beside the experts, a missing rank that is named in time."""
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -11,13 +10,11 @@ import torch
 import torch.distributed as dist
 
 from moe_layer.config.model import DispatchConfig
-from moe_layer.dispatch import make_dispatcher
-from moe_layer.errors import DispatchTimeout
 from moe_layer.parallel import compat
 from moe_layer.parallel.context import ParallelContext
-from moe_layer.types import Routing
 from tests.distributed.cases import Case, assert_same_bits, joined, make_case, run_case
 from tests.distributed.pool import Pool
+from tests.gpu.nccl_pair import DEADLINE_S, EXIT_CODE, Outcome, run_pair
 
 pytestmark = [pytest.mark.gpu, pytest.mark.dist]
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
@@ -57,24 +54,6 @@ def same_bits() -> list[str]:
     return done
 
 
-def absent_rank() -> tuple[str, float] | None:
-    """Rank 1 stays away; rank 0 must raise in time."""
-    context = _context(3.0)
-    dispatcher = make_dispatcher(DispatchConfig(deadline_s=3.0), num_experts=8, top_k=2, context=context, layer_index=4)
-    if context.ep_rank == 1:
-        time.sleep(8)
-        return None
-    case = _on(make_case(0, T=6, D=8, E=8, K=2), "cuda:0")
-    began = time.monotonic()
-    try:
-        dispatcher.dispatch(
-            case.x_TD, Routing(ids_TK=case.ids_TK, weights_TK=case.w_TK, counts_E=torch.zeros(8, dtype=torch.int32))
-        )
-    except DispatchTimeout as error:
-        return str(error), time.monotonic() - began
-    return "no error", time.monotonic() - began
-
-
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Pool]:
     workers = Pool(2)
@@ -88,9 +67,23 @@ def test_bits_of_one_gpu(pair: Pool) -> None:
         assert len(done) == 18
 
 
+@pytest.fixture(scope="module")
+def outcome() -> Outcome:
+    return run_pair("cuda", limit_s=50.0)
+
+
 @needs_two
-def test_deadline_aborts_the_group(pair: Pool) -> None:
-    """Last in the file: it leaves the pair without its NCCL group."""
-    (text, seconds), _ = pair.run(absent_rank)
+def test_fsdp_beside_experts_over_nccl(outcome: Outcome) -> None:
+    """ep 2, everything else under FSDP2: gradients and norm of one GPU (fp32)."""
+    for rank in (0, 1):
+        errors = outcome.found[rank, "fsdp_and_experts"]
+        assert isinstance(errors, dict), errors
+        assert len(errors) > 12 and max(errors.values()) < 1e-4, errors
+
+
+@needs_two
+def test_a_missing_rank_ends_in_an_error_and_the_process_exits(outcome: Outcome) -> None:
+    text, seconds = outcome.found[0, "missing_rank"]
     assert "layer 4, step 0, phase dispatch" in text and "ranks [1] of 2 did not report" in text
-    assert seconds < 3.0 + 2.0 + 1.5, seconds
+    assert seconds < DEADLINE_S + 2.0, seconds
+    assert outcome.exit_codes[0] == EXIT_CODE and outcome.exit_after_error_s < 8.0, outcome

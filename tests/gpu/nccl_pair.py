@@ -1,0 +1,140 @@
+"""Two processes with NCCL as their default group, for what `tests.distributed.pool` (gloo by default) cannot show.
+
+One pair runs every scenario, because a start takes ten seconds; the last one leaves rank 0 with an aborted group and
+must still let the process end. `device="cpu"` runs the same over gloo.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import tempfile
+import time
+import traceback
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from moe_layer.config.model import DispatchConfig
+from moe_layer.dispatch import make_dispatcher
+from moe_layer.errors import DispatchTimeout
+from moe_layer.parallel import ParallelContext, clip_grad_norm, compat, parallelize, sync_gradients
+from moe_layer.parallel.fsdp import shard_rest
+from moe_layer.types import Routing
+from tests.distributed.test_parallelize import B, Model, config, data
+
+DEADLINE_S = 3.0
+STAYS_AWAY_S = 12.0
+EXIT_CODE = 7  # of the survivor, which ends by an ordinary SystemExit
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the two ranks put into the queue, their exit codes, and when rank 0's process ended after its error."""
+
+    found: dict[tuple[int, str], Any]
+    exit_codes: tuple[int | None, int | None]
+    exit_after_error_s: float
+
+
+def gradients(model: Model, share: slice, *, average: bool, device: str) -> tuple[dict[str, Tensor], float]:
+    (model(data(0)[share].to(device)) - 1).square().mean().backward()
+    if average:
+        sync_gradients(model)
+    norm = float(clip_grad_norm(model, math.inf))
+    found = {}
+    for name, parameter in model.named_parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        found[name] = (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).cpu()
+    return found, norm
+
+
+def fsdp_and_experts(rank: int, device: str) -> dict[str, float]:
+    """Relative errors of all gradients and of the norm against one process on the same device."""
+    warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
+    want, want_norm = gradients(Model(config()).to(device), slice(None), average=False, device=device)
+    mesh = init_device_mesh(torch.device(device).type, (2,), mesh_dim_names=("ep",))
+    model = Model(config()).to(device)
+    context = parallelize(model, mesh)
+    shard_rest(model, mesh, modules=model.blocks)
+    half = B // 2
+    found, norm = gradients(model, slice(rank * half, (rank + 1) * half), average=True, device=device)
+    context.close()
+    errors = {
+        name: float((found[name] - value).norm() / value.norm()) if float(value.norm()) else float(found[name].norm())
+        for name, value in want.items()
+    }
+    return errors | {"norm": abs(norm - want_norm) / want_norm}
+
+
+def missing_rank(rank: int, device: str) -> tuple[str, float]:
+    """Rank 1 stays away from a dispatch; rank 0's error and the seconds until it came."""
+    timeout_s = DEADLINE_S + (1.0 if device == "cpu" else 30.0)  # as parallelize
+    group = compat.new_group([0, 1], backend=None, timeout_s=timeout_s)
+    store = compat.prefixed(compat.default_store(), "missing")
+    context = ParallelContext(group, ep_rank=rank, ep_size=2, device=device, store=store, owned=(group,))
+    sizes = {"num_experts": 8, "top_k": 2}
+    dispatcher = make_dispatcher(DispatchConfig(deadline_s=DEADLINE_S), context=context, layer_index=4, **sizes)
+    routing = Routing.from_ids(
+        torch.arange(12, device=device).view(6, 2) % 8, torch.ones(6, 2, device=device), num_experts=8
+    )
+    dispatcher.dispatch(torch.ones(6, 8, device=device), routing)  # both are there
+    if rank == 1:
+        time.sleep(STAYS_AWAY_S)
+        return "stayed away", STAYS_AWAY_S
+    began = time.monotonic()
+    try:
+        dispatcher.dispatch(torch.ones(6, 8, device=device), routing)
+    except DispatchTimeout as error:
+        return str(error), time.monotonic() - began
+    return "no error", time.monotonic() - began
+
+
+def _rank(rank: int, folder: str, device_type: str, results: Any) -> None:
+    device = f"cuda:{rank}" if device_type == "cuda" else "cpu"
+    torch.set_num_threads(1)
+    if device_type == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for scenario in (fsdp_and_experts, missing_rank):
+        try:
+            results.put((rank, scenario.__name__, scenario(rank, device)))
+        except Exception:
+            results.put((rank, scenario.__name__, traceback.format_exc()))
+            break
+    results.close()
+    results.join_thread()
+    if rank == 0:
+        raise SystemExit(EXIT_CODE)
+
+
+def run_pair(device_type: str, *, limit_s: float) -> Outcome:
+    """Start the pair, collect four results, wait for rank 0 to end by itself; whoever is left is killed."""
+    context = multiprocessing.get_context("spawn")
+    results, found = context.Queue(), {}
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [context.Process(target=_rank, args=(r, folder, device_type, results), daemon=True) for r in (0, 1)]
+        for process in ranks:
+            process.start()
+        try:
+            until = time.monotonic() + limit_s
+            while (0, "missing_rank") not in found:
+                rank, name, value = results.get(timeout=max(until - time.monotonic(), 0.1))
+                found[rank, name] = value
+            began = time.monotonic()
+            ranks[0].join(10.0)
+            seconds = time.monotonic() - began
+            ranks[1].join(STAYS_AWAY_S + 10.0)
+        finally:
+            codes = (ranks[0].exitcode, ranks[1].exitcode)
+            for process in ranks:
+                process.kill()
+                process.join()
+    return Outcome(found, codes, seconds)
