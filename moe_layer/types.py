@@ -201,7 +201,8 @@ class Received:
         act_probs_N: what the expert activation multiplies by: `probs_N` under `apply_probs: activation`, else None.
         offsets_L1: int32 [L+1], row boundaries per local expert, pads included. Rows past `offsets_L1[-1]` are
             undefined.
-        counts_L: int32, real rows per local expert. counts_LR: the same split by source rank.
+        counts_L: int32, real rows per local expert.
+        split: `counts_LR`, or a function that makes it: int32 [L, R], the same split by source rank.
         first_expert: global id of the first local expert; expert_ids_L: int32, the ids of all of them.
         src: `src_N3`, or a function that makes it: int32 [N, 3], source rank, token, slot of each row, -1 for pads.
         row_CK: int32 [N_c, K]: for each compact row and slot, its expert-major row, -1 when the slot is not local.
@@ -216,7 +217,7 @@ class Received:
     act_probs_N: Tensor | None
     offsets_L1: Tensor
     counts_L: Tensor
-    counts_LR: Tensor
+    split: Tensor | Callable[[], Tensor]
     first_expert: int
     src: Tensor | Callable[[], Tensor]
     row_CK: Tensor
@@ -233,3 +234,7 @@ class Received:
     @cached_property
     def src_N3(self) -> Tensor:
         return self.src if isinstance(self.src, Tensor) else self.src()
+
+    @cached_property
+    def counts_LR(self) -> Tensor:
+        return self.split if isinstance(self.split, Tensor) else self.split()

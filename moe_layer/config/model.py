@@ -120,8 +120,8 @@ class BalanceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DispatchConfig:
-    backend: Literal["auto", "local", "replicated", "all_gather", "all_to_all"] = "auto"
-    """Token dispatcher; auto is local at one rank and all_to_all beyond."""
+    backend: Literal["auto", "local", "replicated", "all_gather", "all_to_all", "nvlink"] = "auto"
+    """Token dispatcher; auto is local at one rank and all_to_all beyond; nvlink: one host's GPUs, our own kernels."""
     rows: Literal["auto", "expert_major", "compact"] = "auto"
     """Layout of received rows; auto: compact (x is not copied) in a layer on one rank, unaligned; else expert_major."""
     alignment: Literal[1, 8, 16, 128] = 1
@@ -141,7 +141,11 @@ class DispatchConfig:
     reduce: bool = True
     """replicated: combine returns the group's sum instead of this rank's partial sum."""
     max_tokens_per_rank: PositiveInt | None = None
-    """Most tokens a rank may send; sizes static buffers (default: this rank's T, which must then be equal on all)."""
+    """Most tokens a rank may send; sizes static buffers (default: this rank's T, then equal on all) and nvlink's."""
+    ring_depth: PositiveInt = 2
+    """nvlink: dispatches (and combines) that may be between their send and their recv."""
+    sm_budget: PositiveInt | None = None
+    """nvlink: multiprocessors that a send may occupy beside the computation (default: 24 out, 96 home)."""
     deadline_s: PositiveFloat = 60.0
     """Seconds a rank waits for its peers before it raises DispatchTimeout."""
 

@@ -153,7 +153,13 @@ def dispatch(c: model.DispatchConfig) -> Problems:
     if c.rows == "compact" and c.alignment != 1:
         yield f"alignment ({c.alignment}) must be 1 with rows compact; use rows expert_major for padded experts"
     if c.capacity == "dropless":
-        yield from _ineffective(c, ("static_factor", "overflow", "max_tokens_per_rank"), "capacity static")
+        yield from _ineffective(c, ("static_factor", "overflow"), "capacity static")
+        if c.backend != "nvlink":
+            yield from _ineffective(c, ("max_tokens_per_rank",), "capacity static or backend nvlink")
+    if c.backend != "nvlink":
+        yield from _ineffective(c, ("ring_depth", "sm_budget"), "backend nvlink")
+    elif c.max_tokens_per_rank is None:
+        yield "max_tokens_per_rank is required by backend nvlink, whose buffers it sizes; set it to the most tokens a rank sends"
     if c.backend != "replicated":
         yield from _ineffective(c, ("reduce",), "backend replicated")
 

@@ -14,6 +14,7 @@ from moe_layer.dispatch.base import Dispatcher
 from moe_layer.dispatch.exchange import ExchangeDispatcher
 from moe_layer.dispatch.formats import TokenFormat, check_format, describe_format
 from moe_layer.dispatch.local import LocalDispatcher
+from moe_layer.dispatch.nvlink import NvlinkDispatcher
 from moe_layer.dispatch.plan import check_divisible, make_plan
 from moe_layer.dispatch.replicated import ReplicatedRoute
 from moe_layer.dispatch.route import Route
@@ -72,6 +73,8 @@ def make_dispatcher(
     facts["token_format"] = describe_format(token_format)
     link = Link(context, layer=layer_index, config_hash=facts_hash(facts), deadline_s=config.deadline_s)
     agree(link, facts)
+    if backend == "nvlink":
+        return NvlinkDispatcher(config, num_experts=num_experts, top_k=top_k, link=link, token_format=token_format)
     return ExchangeDispatcher(
         config,
         num_experts=num_experts,

@@ -87,13 +87,13 @@ def arrange(
     else:
         rank_N = gather_rows(rank_C.unsqueeze(1) + 1, compact_N).squeeze(1) - 1
         token_N = gather_rows(token_C.unsqueeze(1) + 1, compact_N).squeeze(1) - 1
-        counts_LR = _split_counts(ids_CK - first_expert, rank_C, num_local=num_local, num_ranks=num_ranks)
+        counts_LR = split_counts(ids_CK - first_expert, rank_C, num_local=num_local, num_ranks=num_ranks)
     return Arrangement(
         order, compact_N, torch.stack((rank_N, token_N, slot_N), dim=1), counts_LR, ids_CK, kept_C, local_CK
     )
 
 
-def _split_counts(local_CK: Tensor, rank_C: Tensor, *, num_local: int, num_ranks: int) -> Tensor:
+def split_counts(local_CK: Tensor, rank_C: Tensor, *, num_local: int, num_ranks: int) -> Tensor:
     flat = (
         torch.where(local_CK >= 0, local_CK * num_ranks + rank_C.unsqueeze(1), num_local * num_ranks).flatten().long()
     )

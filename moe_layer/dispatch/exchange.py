@@ -120,7 +120,7 @@ class ExchangeDispatcher:
             act_probs_N=probs_N if self.config.apply_probs == "activation" else None,
             offsets_L1=order.offsets_L1,
             counts_L=order.counts_L,
-            counts_LR=arranged.counts_LR,
+            split=arranged.counts_LR,
             first_expert=self.first_expert,
             src=arranged.src_N3,
             row_CK=order.row_CK,

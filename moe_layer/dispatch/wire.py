@@ -25,9 +25,9 @@ from moe_layer.parallel.context import ParallelContext
 Phase = Literal["dispatch", "combine", "combine backward", "dispatch backward", "overflow", "bind"]
 
 _MAGIC = int.from_bytes(b"MoELayer", "big")
-_PHASES: tuple[Phase, ...] = ("dispatch", "combine", "combine backward", "dispatch backward", "overflow", "bind")
+PHASES: tuple[Phase, ...] = ("dispatch", "combine", "combine backward", "dispatch backward", "overflow", "bind")
 _FIELDS = ("magic", "layer", "step", "phase", "tokens", "config", "rows", "row_bytes")
-_GRACE_S = 1.25  # how long a survivor waits for the others' reports: less than the 2 s allowed past the deadline
+GRACE_S = 1.25  # how long a survivor waits for the others' reports: less than the 2 s allowed past the deadline
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Link:
             CapacityError: a peer's static buffer overflowed.
             DispatchTimeout: a peer did not answer.
         """
-        mine = [_MAGIC, at.layer, at.step, _PHASES.index(at.phase), tokens, self.config_hash]
+        mine = [_MAGIC, at.layer, at.step, PHASES.index(at.phase), tokens, self.config_hash]
         out = torch.tensor([[*mine, rows, row_bytes] for rows in rows_R], dtype=torch.int64, device=self.context.device)
         got = torch.empty_like(out)
         ones = [1] * self.size
@@ -139,23 +139,23 @@ class Link:
     def _failed(self, at: Position, error: RuntimeError) -> DispatchTimeout:
         reason = " ".join(str(error).split())[:160]
         return self.context.fail(
-            str(at), f"deadline {self.deadline_s:g} s; {reason}", grace_s=min(_GRACE_S, self.deadline_s)
+            str(at), f"deadline {self.deadline_s:g} s; {reason}", grace_s=min(GRACE_S, self.deadline_s)
         )
 
     def _check_headers(self, headers: list[list[int]], *, at: Position, row_bytes: int) -> None:
-        over = [rank for rank, header in enumerate(headers) if header[3] == _PHASES.index("overflow")]
+        over = [rank for rank, header in enumerate(headers) if header[3] == PHASES.index("overflow")]
         if over and at.phase != "overflow":
             self.context.failure = f"{at}: static buffers of ranks {over} overflowed"
             raise CapacityError(
                 f"static dispatch buffers of ranks {over} overflowed before {at}; raise dispatch.static_factor or set "
                 "dispatch.overflow drop"
             )
-        want = (_MAGIC, at.layer, at.step, _PHASES.index(at.phase), None, self.config_hash, None, row_bytes)
+        want = (_MAGIC, at.layer, at.step, PHASES.index(at.phase), None, self.config_hash, None, row_bytes)
         for index, name in enumerate(_FIELDS):
             found = [header[index] for header in headers]
             if want[index] is not None and any(value != want[index] for value in found):
                 self.context.failure = f"{at}: ranks disagree about the {name}"
-                shown = [_PHASES[v] if name == "phase" and 0 <= v < len(_PHASES) else v for v in found]
+                shown = [PHASES[v] if name == "phase" and 0 <= v < len(PHASES) else v for v in found]
                 raise RankMismatch(
                     f"ranks disagree about the {name} at {at}: "
                     + ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(shown))

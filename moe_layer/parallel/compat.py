@@ -72,6 +72,15 @@ def flat_mesh(mesh: Any) -> Any:
     return mesh if mesh.ndim == 1 else mesh._flatten("_".join(mesh.mesh_dim_names))
 
 
+def symmetric_memory(num_bytes: int, *, group: Any, device: torch.device) -> tuple[Tensor, list[int], Any]:
+    """uint8 memory that every rank of the group can address, all ranks' addresses of it, and its handle (keep it)."""
+    import torch.distributed._symmetric_memory as symm_mem
+
+    memory = symm_mem.empty(num_bytes, dtype=torch.uint8, device=device)
+    handle = symm_mem.rendezvous(memory, group)
+    return memory, [int(pointer) for pointer in handle.buffer_ptrs], handle
+
+
 def destroy_group(group: Any) -> None:
     """Destroy a subgroup; a default group that is gone already took it along."""
     if dist.is_initialized() and group is not None:

@@ -54,6 +54,7 @@ class ParallelContext:
         self.store = store
         self.step = 0
         self.failure: str | None = None
+        self.window: Any = None  # of dispatch.backend nvlink, shared by the layers; see moe_layer/dispatch/window.py
         self._owned = owned
 
     @property
@@ -107,6 +108,9 @@ class ParallelContext:
     def close(self) -> None:
         """Destroy the groups made for this context. Every rank calls it; it is not a collective."""
         owned, self._owned = self._owned, ()
+        if self.window is not None and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # peers may still be writing into it
+        self.window = None
         self.failure = self.failure or "the context was closed"
         for group in owned:
             compat.destroy_group(group)

@@ -1,0 +1,180 @@
+// Trips of rows between windows, as device functions: the twin of `_Trip` in moe_layer/ops/ep.py, which describes the
+// protocol. Everything here is for whole blocks: all threads call, and all get the same answer.
+//
+// Memory order. A block writes rows with plain stores, meets at a barrier, and its first thread publishes them: a system
+// fence (which is cumulative over what the barrier ordered before it), then a release store of the flag. The reader's
+// first thread polls with acquire loads, the block meets at a barrier and reads with plain loads. Where several blocks
+// contribute, `last_block` elects the one that saw all the others' fences.
+//
+// A kernel that waits must leave room for the kernels it waits for, which run on the same multiprocessors of the peers
+// and on their own stream here: every kernel of this family takes at most half of a multiprocessor's registers.
+#pragma once
+
+#include "common.cuh"
+
+namespace moe_layer {
+
+constexpr int kTripWords = 20, kCompared = 6, kStateHead = 8, kSlotWords = 8, kHeaderBytes = 64, kMostRanks = 32;
+enum EpError : int32_t { kTimeout = 1, kMismatch = 2, kBadCount = 3, kOverflow = 4 };
+enum EpCounter : int32_t { kSent = 0, kReceived = 1, kSendTicket = 2, kMetaTicket = 3, kReceiveTicket = 4 };
+
+struct EpTrip {
+  const int64_t* peers;
+  int32_t* state;
+  int32_t ranks, me;
+  int64_t ready, flags, credit, header, meta, data, meta_block, data_block, deadline_ns, width;
+  int32_t max_rows, chunk_rows, max_chunks, counters;
+  int32_t compared[kCompared];  // width, layer, phase, step, config, magic
+
+  __device__ uint8_t* window(int peer) const { return reinterpret_cast<uint8_t*>(peers[peer]); }
+  __device__ uint32_t* word(int peer, int64_t offset, int64_t index) const {
+    return reinterpret_cast<uint32_t*>(window(peer) + offset) + index;
+  }
+  __device__ uint32_t* flag(int peer, int source, int64_t chunk) const {
+    return word(peer, flags, static_cast<int64_t>(source) * max_chunks + chunk);
+  }
+  __device__ uint8_t* rows(int peer, int source) const { return window(peer) + data + source * data_block; }
+  __device__ int32_t* words(int peer, int source) const {
+    return reinterpret_cast<int32_t*>(window(peer) + meta + source * meta_block);
+  }
+  __device__ int32_t* head(int peer, int source) const {
+    return reinterpret_cast<int32_t*>(window(peer) + header + source * kHeaderBytes);
+  }
+  __device__ uint32_t epoch(EpCounter which) const { return static_cast<volatile int32_t*>(state)[counters + which]; }
+  __device__ bool failed() const { return static_cast<volatile int32_t*>(state)[0] != 0; }
+  __device__ void report(int32_t code, int peer, int32_t wanted, int32_t seen) const {
+    if (atomicCAS(state, 0, code) != 0) return;  // the first report stays
+    const int32_t text[6] = {peer, wanted, seen, compared[2], compared[1], compared[3]};
+    for (int i = 0; i < 6; ++i) state[1 + i] = text[i];
+  }
+};
+
+__device__ __forceinline__ uint32_t load_acquire_sys(const uint32_t* at) {
+  uint32_t value;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_release_sys(uint32_t* at, uint32_t value) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ uint64_t now_ns() {
+  uint64_t value;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(value));
+  return value;
+}
+
+// One thread waits until its word has reached the epoch (epochs wrap); false after the deadline or anybody's failure.
+__device__ inline bool spin(const EpTrip& trip, const uint32_t* at, uint32_t epoch, uint64_t until, int peer) {
+  for (int turn = 1;; ++turn) {
+    const uint32_t seen = load_acquire_sys(at);
+    if (static_cast<int32_t>(seen - epoch) >= 0) return true;
+    if (turn % 64 == 0) {
+      if (trip.failed()) return false;
+      if (now_ns() > until) {
+        trip.report(kTimeout, peer, static_cast<int32_t>(epoch), static_cast<int32_t>(seen));
+        return false;
+      }
+    }
+    __nanosleep(32);
+  }
+}
+
+// Every peer has read what was sent through the slot before.
+__device__ inline bool wait_credits(const EpTrip& trip, uint64_t until) {
+  bool ok = !trip.failed();
+  const int peer = threadIdx.x;
+  if (ok && peer < trip.ranks) {
+    ok = spin(trip, trip.word(trip.me, trip.credit, peer), trip.epoch(kSent), until, peer);
+  }
+  return __syncthreads_and(ok);
+}
+
+// All headers are there and agree with this rank's; counts[ranks] (shared memory) are the rows that each peer sends.
+__device__ inline bool wait_headers(const EpTrip& trip, uint64_t until, int32_t* counts) {
+  bool ok = !trip.failed();
+  const int peer = threadIdx.x;
+  if (ok && peer < trip.ranks) {
+    ok = spin(trip, trip.word(trip.me, trip.ready, peer), trip.epoch(kReceived) + 1, until, peer);
+    const int32_t* head = trip.head(trip.me, peer);
+    for (int i = 0; ok && i < kCompared; ++i) {
+      const int32_t seen = __ldcg(head + i);
+      if (seen != trip.compared[i]) {
+        trip.report(kMismatch, peer, trip.compared[i], seen);
+        ok = false;
+      }
+    }
+    if (ok) {
+      counts[peer] = __ldcg(head + kCompared);
+      if (counts[peer] < 0 || counts[peer] > trip.max_rows) {
+        trip.report(kBadCount, peer, trip.max_rows, counts[peer]);
+        ok = false;
+      }
+    }
+  }
+  return __syncthreads_and(ok);
+}
+
+// Headers to all ranks. The caller's barrier or election ordered the words that belong to them before this.
+__device__ inline void write_headers(const EpTrip& trip, uint32_t epoch, int peer, int32_t count) {
+  int32_t* head = trip.head(peer, trip.me);
+  for (int i = 0; i < kCompared; ++i) head[i] = trip.compared[i];
+  head[kCompared] = count;
+  __threadfence_system();
+  store_release_sys(trip.word(peer, trip.ready, trip.me), epoch);
+}
+
+// The rows [first chunk) of this block are written: publish them.
+__device__ inline void publish(const EpTrip& trip, int peer, int64_t chunk, uint32_t epoch) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence_system();
+    store_release_sys(trip.flag(peer, trip.me, chunk), epoch);
+  }
+}
+
+// True in the last block of the grid that calls it; what the others wrote before is then visible to its threads.
+__device__ inline bool last_block(const EpTrip& trip, EpCounter ticket) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence_system();
+    int32_t* at = trip.state + trip.counters + ticket;
+    last = atomicAdd(at, 1) == static_cast<int32_t>(gridDim.x) - 1;
+    if (last) *at = 0;
+    __threadfence_system();
+  }
+  __syncthreads();
+  return last;
+}
+
+// The end of a receiving kernel: the slot may be overwritten.
+__device__ inline void give_credits(const EpTrip& trip) {
+  const uint32_t epoch = trip.epoch(kReceived) + 1;
+  __syncthreads();
+  if (threadIdx.x < trip.ranks) {
+    store_release_sys(trip.word(threadIdx.x, trip.credit, trip.me), epoch);
+  }
+  if (threadIdx.x == 0) trip.state[trip.counters + kReceived] = static_cast<int32_t>(epoch);
+}
+
+// All bits set: a NaN in every floating dtype. The block that met the failure does it alone, for the whole output: the
+// others may be elsewhere, and what they write is right.
+__device__ inline void poison(void* out, int64_t bytes) {
+  const uint4 bits = {~0u, ~0u, ~0u, ~0u};
+  uint4* wide = static_cast<uint4*>(out);
+  for (int64_t i = threadIdx.x; i < bytes / 16; i += blockDim.x) wide[i] = bits;
+  for (int64_t i = bytes / 16 * 16 + threadIdx.x; i < bytes; i += blockDim.x) static_cast<uint8_t*>(out)[i] = 0xFF;
+}
+
+// The q-th (peer, chunk) of a rank that sends to all others in turn, nearest first, so that no link is hit by all.
+__device__ __forceinline__ void nth_chunk(const EpTrip& trip, int64_t q, int& peer, int64_t& chunk) {
+  const int others = trip.ranks - 1;
+  chunk = q / others;
+  peer = (trip.me + 1 + static_cast<int>(q - chunk * others)) % trip.ranks;
+}
+
+EpTrip read_trip(const Tensor& peers, Tensor& state, const Tensor& words);
+
+}  // namespace moe_layer

@@ -1,0 +1,168 @@
+// Sum each token's partial rows at home: the own rows by the tree, the peers' from the window as they arrive, ranks
+// pairwise, then what is to be added. Twin of ep_home in moe_layer/ops/ep.py.
+
+#include "ep_combine.cuh"
+
+namespace moe_layer {
+namespace {
+
+constexpr int kThreads = 256, kGroup = 4;  // tokens that a block takes at a time
+
+struct HomeArgs {
+  const int32_t* position_TR;
+  const int32_t* ids_TK;
+  const void* add_TD;
+  void* out_TD;
+  float* d_weights_TK;
+  int64_t tokens;
+  int32_t add_dtype, out_dtype;
+};
+
+// Thread r waits for the chunks of rank r's rows of the tokens [first, end).
+__device__ __forceinline__ bool wait_tokens(
+    const EpTrip& trip, const HomeArgs& home, int64_t first, int64_t end, uint32_t epoch, uint64_t until) {
+  bool ok = true;
+  const int peer = threadIdx.x;
+  if (peer < trip.ranks && peer != trip.me) {
+    int64_t seen = -1;
+    for (int64_t t = first; ok && t < end; ++t) {
+      const int place = home.position_TR[t * trip.ranks + peer];
+      const int64_t chunk = place / trip.chunk_rows;
+      if (place < 0 || chunk == seen) continue;
+      ok = spin(trip, trip.flag(trip.me, peer, chunk), epoch, until, peer);
+      seen = chunk;
+    }
+  }
+  return __syncthreads_and(ok);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 2) ep_home_kernel(EpTrip trip, PartialArgs args, HomeArgs home) {
+  constexpr int V = 16 / sizeof(T);
+  __shared__ int32_t counts[kMostRanks];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const uint64_t until = now_ns() + trip.deadline_ns;
+  bool ok = wait_headers(trip, until, counts);
+  const uint32_t epoch = trip.epoch(kReceived) + 1;
+  const int own_base = args.base_R1[trip.me];
+  const int pieces = ceil_div(args.hidden, V * kWarp), per_rank = args.num_experts / trip.ranks;
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kGroup; ok && first < home.tokens;
+       first += static_cast<int64_t>(gridDim.x) * kGroup) {
+    const int64_t end = min(first + kGroup, home.tokens);
+    ok = wait_tokens(trip, home, first, end, epoch, until);
+    if (!ok) break;
+    for (int item = warp; item < static_cast<int>(end - first) * pieces; item += kThreads / kWarp) {
+      const int64_t t = first + item / pieces;
+      const int d = (item % pieces * kWarp + lane) * V;
+      const bool inside = d < args.hidden;
+      const int32_t* position = home.position_TR + t * trip.ranks;
+      float own[V] = {};
+      if (position[trip.me] >= 0) {
+        partial_sum<T, V>(args, own_base + position[trip.me], d, own);
+        round_to_wire<V>(args.wire, own);
+      }
+      TreeStack<V, 4> stack;
+      for (int r = 0; r < trip.ranks; ++r) {
+        const int place = position[r];
+        if (place < 0) continue;
+        if (r == trip.me) {
+          stack.add(own, r);
+        } else {
+          float value[V] = {};
+          if (inside) load_wire<V>(trip.rows(trip.me, r) + place * trip.width, args.wire, d, value);
+          stack.add(value, r);
+        }
+      }
+      float sum[V];
+      stack.finish(sum);
+      if (inside) {
+        if (home.add_TD != nullptr) {
+          float extra[V];
+          load_wire<V>(home.add_TD, home.add_dtype, t * args.hidden + d, extra);
+#pragma unroll
+          for (int i = 0; i < V; ++i) sum[i] = __fadd_rn(sum[i], extra[i]);
+        }
+        store_wire<V>(home.out_TD, home.out_dtype, t * args.hidden + d, sum);
+      }
+    }
+    if (home.d_weights_TK == nullptr) continue;
+    for (int i = threadIdx.x; i < static_cast<int>(end - first) * args.slots; i += kThreads) {
+      const int64_t t = first + i / args.slots, k = i % args.slots;
+      const int id = home.ids_TK[t * args.slots + k];
+      const int owner = id >= 0 && id < args.num_experts ? id / per_rank : -1;
+      const int64_t place = owner >= 0 ? home.position_TR[t * trip.ranks + owner] : -1;
+      float value = 0.0f;
+      if (place >= 0 && owner == trip.me) {
+        const int row = args.row_CK[(own_base + place) * args.slots + k];
+        if (row >= 0 && row < args.num_rows) value = args.probs_N[row];
+      } else if (place >= 0) {
+        value = __int_as_float(__ldcg(trip.words(trip.me, owner) + place * args.slots + k));
+      }
+      home.d_weights_TK[t * args.slots + k] = value;
+    }
+  }
+  if (!ok) {
+    poison(home.out_TD, home.tokens * args.hidden * (home.out_dtype == kWireFloat ? 4 : 2));
+    if (home.d_weights_TK != nullptr) poison(home.d_weights_TK, home.tokens * args.slots * 4);
+    return;
+  }
+  if (last_block(trip, kReceiveTicket)) give_credits(trip);
+}
+
+int32_t dtype_code(const Tensor& t) {
+  const ScalarType dtype = t.scalar_type();
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "add must be fp32, bf16 "
+      "or fp16, got ", torch::headeronly::toString(dtype));
+  return dtype == ScalarType::Float ? kWireFloat : dtype == ScalarType::BFloat16 ? kWireBfloat16 : kWireHalf;
+}
+
+std::tuple<Tensor, Tensor> ep_home(
+    const Tensor& peers, Tensor state, const Tensor& rows, const Tensor& row_index, const Tensor& ids,
+    const Tensor& base, const Tensor& position, const Tensor& own_ids, const std::optional<Tensor>& probs,
+    const std::optional<Tensor>& add, const Tensor& words, int64_t out_dtype, int64_t wire, int64_t num_experts,
+    int64_t tree_blocks, bool compact) {
+  const DeviceGuard guard(state.get_device_index());
+  const EpTrip trip = read_trip(peers, state, words);
+  const PartialArgs args =
+      read_partial(trip, rows, row_index, ids, base, probs, wire, num_experts, tree_blocks, compact);
+  check_tensor(position, "position", ScalarType::Int, 2);
+  check_tensor(own_ids, "ids", ScalarType::Int, 2);
+  check_size(position, "position", 1, trip.ranks);
+  STD_TORCH_CHECK(trip.ranks <= 8, "ep_home serves at most 8 ranks, got ", trip.ranks);
+  const int64_t T = position.size(0);
+  check_size(own_ids, "ids", 0, T);
+  check_size(own_ids, "ids", 1, args.slots);
+  constexpr ScalarType dtypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+  STD_TORCH_CHECK(out_dtype >= 0 && out_dtype < 3, "out dtype code must be 0, 1 or 2, got ", out_dtype);
+  Tensor out = new_empty(rows, {T, args.hidden}, dtypes[out_dtype]);
+  Tensor d_weights =
+      probs.has_value() ? new_empty(rows, {T, args.slots}, ScalarType::Float) : new_empty(rows, {0}, ScalarType::Float);
+  HomeArgs home{};
+  home.position_TR = in_ptr<int32_t>(position);
+  home.ids_TK = in_ptr<int32_t>(own_ids);
+  home.out_TD = out.mutable_data_ptr();
+  if (probs.has_value()) home.d_weights_TK = out_ptr<float>(d_weights);
+  home.tokens = T;
+  home.out_dtype = static_cast<int32_t>(out_dtype);
+  if (add.has_value()) {
+    check_tensor(*add, "add", add->scalar_type(), 2);
+    check_size(*add, "add", 0, T);
+    check_size(*add, "add", 1, args.hidden);
+    home.add_TD = add->const_data_ptr();
+    home.add_dtype = dtype_code(*add);
+  }
+  const int64_t groups = ceil_div<int64_t>(T, kGroup), most = sm_count(state.get_device_index());
+  const int grid = static_cast<int>(groups < 1 ? 1 : groups < most ? groups : most);
+  const cudaStream_t stream = current_stream(state);
+  dispatch_float(rows.scalar_type(), "rows", [&](auto zero) {
+    ep_home_kernel<decltype(zero)><<<grid, kThreads, 0, stream>>>(trip, args, home);
+  });
+  MOE_LAUNCH_CHECK();
+  return {out, d_weights};
+}
+
+}  // namespace
+}  // namespace moe_layer
+
+STABLE_TORCH_LIBRARY_IMPL(moe_layer, CUDA, m) { m.impl("ep_home", TORCH_BOX(&moe_layer::ep_home)); }

@@ -1,0 +1,167 @@
+// Send rows of a list to each rank: words first, then rows in flagged chunks. Twin of ep_push in moe_layer/ops/ep.py.
+//
+// All blocks first share the words of all rows; the last one to finish them writes the headers. Then each block takes
+// chunks, the peers in turn; a warp copies a row with eight 16-byte loads a lane in flight.
+
+#include "ep.cuh"
+
+namespace moe_layer {
+namespace {
+
+constexpr int kThreads = 512, kAhead = 8;
+
+struct PushArgs {
+  EpTrip trip;
+  const void* rows;
+  const int32_t* tokens_RS;
+  const int32_t* counts_R;
+  const int32_t* meta0;
+  const int32_t* meta1;
+  int32_t num_rows, list, words0, words1;
+};
+
+template <typename Unit>
+__global__ void __launch_bounds__(kThreads, 2) ep_push_kernel(PushArgs args) {
+  const EpTrip& trip = args.trip;
+  __shared__ int32_t counts[kMostRanks];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const uint64_t until = now_ns() + trip.deadline_ns;
+  if (!wait_credits(trip, until)) return;
+  const uint32_t epoch = trip.epoch(kSent) + 1;
+  if (threadIdx.x < trip.ranks) {
+    // A list longer than the window would overwrite the next region: it is cut, and the count says so to the receiver.
+    counts[threadIdx.x] = args.counts_R[threadIdx.x];
+    if (counts[threadIdx.x] > trip.max_rows || counts[threadIdx.x] > args.list) {
+      if (blockIdx.x == 0) trip.report(kBadCount, trip.me, trip.max_rows, counts[threadIdx.x]);
+      counts[threadIdx.x] = 0;
+    }
+  }
+  __syncthreads();
+
+  const int words = args.meta0 == nullptr ? 0 : 1 + args.words0 + args.words1;
+  if (words > 0) {
+    // A warp takes eight rows at a time: their loads are in flight together.
+    const int each = kThreads / kWarp * static_cast<int>(gridDim.x) * kAhead;
+    for (int peer = 0; peer < trip.ranks; ++peer) {
+      int32_t* to = trip.words(peer, trip.me);
+      for (int i = (blockIdx.x * (kThreads / kWarp) + warp) * kAhead; i < counts[peer]; i += each) {
+        const bool inside = lane < kAhead && i + lane < counts[peer];
+        const int mine = inside ? args.tokens_RS[static_cast<int64_t>(peer) * args.list + i + lane] : -1;
+        for (int first = 0; first < words; first += kWarp) {  // the same turns in all lanes: they shuffle
+          const int w = first + lane, place = w - 1 - args.words0;
+          int32_t values[kAhead];
+#pragma unroll
+          for (int j = 0; j < kAhead; ++j) {
+            const int64_t token = __shfl_sync(0xffffffffu, mine, j);
+            values[j] = static_cast<int32_t>(token);
+            if (w > 0 && w < words && token >= 0 && token < args.num_rows) {
+              values[j] = place < 0 ? args.meta0[token * args.words0 + w - 1] : args.meta1[token * args.words1 + place];
+            }
+          }
+#pragma unroll
+          for (int j = 0; j < kAhead; ++j) {
+            if (w < words && i + j < counts[peer]) to[static_cast<int64_t>(i + j) * words + w] = values[j];
+          }
+        }
+      }
+    }
+    if (last_block(trip, kMetaTicket) && threadIdx.x < trip.ranks) {
+      write_headers(trip, epoch, threadIdx.x, counts[threadIdx.x]);
+    }
+  } else if (blockIdx.x == 0 && threadIdx.x < trip.ranks) {
+    write_headers(trip, epoch, threadIdx.x, counts[threadIdx.x]);
+  }
+
+  const int64_t per_row = trip.width / static_cast<int64_t>(sizeof(Unit));
+  const Unit* source = static_cast<const Unit*>(args.rows);
+  int most = 0;
+  for (int peer = 0; peer < trip.ranks; ++peer) {
+    if (peer != trip.me) most = max(most, counts[peer]);
+  }
+  const int64_t items = static_cast<int64_t>(ceil_div(most, trip.chunk_rows)) * (trip.ranks - 1);
+  for (int64_t q = blockIdx.x; q < items; q += gridDim.x) {
+    int peer;
+    int64_t chunk;
+    nth_chunk(trip, q, peer, chunk);
+    const int first = static_cast<int>(chunk) * trip.chunk_rows;
+    if (first >= counts[peer]) continue;
+    const int end = min(first + trip.chunk_rows, counts[peer]);
+    Unit* target = reinterpret_cast<Unit*>(trip.rows(peer, trip.me));
+    for (int i = first + warp; i < end; i += kThreads / kWarp) {
+      const int32_t token = args.tokens_RS[static_cast<int64_t>(peer) * args.list + i];
+      if (token < 0 || token >= args.num_rows) continue;
+      const Unit* from = source + token * per_row;
+      Unit* to = target + i * per_row;
+      for (int64_t begin = lane; begin < per_row; begin += kWarp * kAhead) {
+        Unit values[kAhead];
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+          if (begin + j * kWarp < per_row) values[j] = from[begin + j * kWarp];
+        }
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+          if (begin + j * kWarp < per_row) to[begin + j * kWarp] = values[j];
+        }
+      }
+    }
+    publish(trip, peer, chunk, epoch);
+  }
+  if (last_block(trip, kSendTicket) && threadIdx.x == 0) {
+    trip.state[trip.counters + kSent] = static_cast<int32_t>(epoch);
+  }
+}
+
+void ep_push(
+    const Tensor& peers, Tensor state, const Tensor& rows, const Tensor& tokens, const Tensor& counts,
+    const std::optional<Tensor>& meta0, const std::optional<Tensor>& meta1, const Tensor& words, int64_t blocks) {
+  const DeviceGuard guard(state.get_device_index());
+  check_tensor(rows, "rows", rows.scalar_type(), 2);
+  check_tensor(tokens, "tokens", ScalarType::Int, 2);
+  check_tensor(counts, "counts", ScalarType::Int, 1);
+  PushArgs args{};
+  args.trip = read_trip(peers, state, words);
+  check_size(tokens, "tokens", 0, args.trip.ranks);
+  check_size(counts, "counts", 0, args.trip.ranks);
+  STD_TORCH_CHECK(
+      rows.size(1) * static_cast<int64_t>(rows.element_size()) == args.trip.width, "rows must be ", args.trip.width,
+      " bytes wide");
+  args.rows = rows.const_data_ptr();
+  args.tokens_RS = in_ptr<int32_t>(tokens);
+  args.counts_R = in_ptr<int32_t>(counts);
+  args.num_rows = to_int32(rows.size(0), "rows");
+  args.list = to_int32(tokens.size(1), "list");
+  int64_t sent_words = 0;
+  if (meta0.has_value()) {
+    STD_TORCH_CHECK(meta0->is_contiguous() && meta0->element_size() == 4, "meta0 must be contiguous words");
+    check_size(*meta0, "meta0", 0, rows.size(0));
+    args.meta0 = static_cast<const int32_t*>(meta0->const_data_ptr());
+    args.words0 = to_int32(meta0->size(1), "meta0");
+    sent_words = 1 + meta0->size(1);
+  }
+  if (meta1.has_value()) {
+    STD_TORCH_CHECK(meta1->is_contiguous() && meta1->element_size() == 4, "meta1 must be contiguous words");
+    check_size(*meta1, "meta1", 0, rows.size(0));
+    args.meta1 = static_cast<const int32_t*>(meta1->const_data_ptr());
+    args.words1 = to_int32(meta1->size(1), "meta1");
+    sent_words += meta1->size(1);
+  }
+  STD_TORCH_CHECK(
+      sent_words * 4 * args.trip.max_rows <= args.trip.meta_block, "the window has no room for ", sent_words,
+      " words a row");
+  STD_TORCH_CHECK(
+      args.trip.width * args.trip.max_rows <= args.trip.data_block, "the window has no room for rows of ",
+      args.trip.width, " bytes");
+  const cudaStream_t stream = current_stream(state);
+  const int grid = to_int32(blocks, "blocks");
+  if (args.trip.width % 16 == 0) {
+    ep_push_kernel<uint4><<<grid, kThreads, 0, stream>>>(args);
+  } else {
+    ep_push_kernel<uint8_t><<<grid, kThreads, 0, stream>>>(args);
+  }
+  MOE_LAUNCH_CHECK();
+}
+
+}  // namespace
+}  // namespace moe_layer
+
+STABLE_TORCH_LIBRARY_IMPL(moe_layer, CUDA, m) { m.impl("ep_push", TORCH_BOX(&moe_layer::ep_push)); }

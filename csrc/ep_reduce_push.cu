@@ -1,0 +1,115 @@
+// Send the partial row of each received token home: the tree over its rows, rounded to the wire's dtype and written into
+// the source's window. Twin of ep_reduce_push in moe_layer/ops/ep.py.
+
+#include "ep_combine.cuh"
+
+namespace moe_layer {
+
+PartialArgs read_partial(
+    const EpTrip& trip, const Tensor& rows, const Tensor& row_index, const Tensor& ids, const Tensor& base,
+    const std::optional<Tensor>& probs, int64_t wire, int64_t num_experts, int64_t tree_blocks, bool compact) {
+  check_tensor(rows, "rows", rows.scalar_type(), 2);
+  check_tensor(row_index, "row_CK", ScalarType::Int, 2);
+  check_tensor(ids, "ids_CK", ScalarType::Int, 2);
+  check_tensor(base, "base", ScalarType::Int, 1);
+  check_size(base, "base", 0, trip.ranks + 1);
+  PartialArgs args{};
+  args.rows = rows.const_data_ptr();
+  args.row_CK = in_ptr<int32_t>(row_index);
+  args.ids_CK = in_ptr<int32_t>(ids);
+  args.base_R1 = in_ptr<int32_t>(base);
+  if (probs.has_value()) {
+    check_tensor(*probs, "probs_N", ScalarType::Float, 1);
+    args.probs_N = in_ptr<float>(*probs);
+  }
+  args.num_rows = compact && probs.has_value() ? probs->size(0) : rows.size(0);
+  args.num_compact = to_int32(row_index.size(0), "compact rows");
+  args.slots = to_int32(row_index.size(1), "slots");
+  args.hidden = to_int32(rows.size(1), "hidden");
+  args.num_experts = to_int32(num_experts, "num_experts");
+  args.tree_blocks = to_int32(tree_blocks, "tree_blocks");
+  args.wire = to_int32(wire, "wire");
+  args.compact = compact;
+  STD_TORCH_CHECK(args.slots <= kWarp, "nvlink serves at most 32 slots, got ", args.slots);
+  STD_TORCH_CHECK(tree_blocks <= 8, "nvlink serves at most 8 tree blocks, got ", tree_blocks);
+  STD_TORCH_CHECK(
+      args.hidden * static_cast<int64_t>(rows.element_size()) % 16 == 0, "rows must be whole 16-byte units wide, got ",
+      args.hidden, " columns");
+  STD_TORCH_CHECK(args.hidden * wire_bytes(args.wire) == trip.width, "the trip's rows are ", trip.width, " bytes");
+  STD_TORCH_CHECK(
+      trip.width * trip.max_rows <= trip.data_block, "the window has no room for rows of ", trip.width, " bytes");
+  STD_TORCH_CHECK(
+      !probs.has_value() || args.slots * 4 * static_cast<int64_t>(trip.max_rows) <= trip.meta_block,
+      "the window has no room for ", args.slots, " words a row");
+  return args;
+}
+
+namespace {
+
+constexpr int kThreads = 256;
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 2) ep_reduce_push_kernel(EpTrip trip, PartialArgs args) {
+  constexpr int V = 16 / sizeof(T);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  if (!wait_credits(trip, now_ns() + trip.deadline_ns)) return;
+  const uint32_t epoch = trip.epoch(kSent) + 1;
+  if (blockIdx.x == 0 && threadIdx.x < trip.ranks) {
+    write_headers(trip, epoch, threadIdx.x, args.base_R1[threadIdx.x + 1] - args.base_R1[threadIdx.x]);
+  }
+  int most = 0;
+  for (int r = 0; r < trip.ranks; ++r) {
+    if (r != trip.me) most = max(most, args.base_R1[r + 1] - args.base_R1[r]);
+  }
+  most = min(most, trip.max_rows);
+  const int pieces = ceil_div(args.hidden, V * kWarp);
+  const int64_t items = static_cast<int64_t>(ceil_div(most, trip.chunk_rows)) * (trip.ranks - 1);
+  for (int64_t q = blockIdx.x; q < items; q += gridDim.x) {
+    int peer;
+    int64_t chunk;
+    nth_chunk(trip, q, peer, chunk);
+    const int base = args.base_R1[peer], count = min(args.base_R1[peer + 1] - base, trip.max_rows);
+    const int first = static_cast<int>(chunk) * trip.chunk_rows;
+    if (first >= count) continue;
+    const int rows = min(trip.chunk_rows, count - first);
+    for (int item = warp; item < rows * pieces; item += kThreads / kWarp) {
+      const int j = first + item / pieces, d = (item % pieces * kWarp + lane) * V;
+      float sum[V];
+      partial_sum<T, V>(args, base + j, d, sum);
+      if (d < args.hidden) store_wire<V>(trip.rows(peer, trip.me) + j * trip.width, args.wire, d, sum);
+    }
+    if (args.probs_N != nullptr) {
+      float* words = reinterpret_cast<float*>(trip.words(peer, trip.me));
+      for (int i = threadIdx.x; i < rows * args.slots; i += kThreads) {
+        const int64_t at = static_cast<int64_t>(first) * args.slots + i;
+        const int row = args.row_CK[static_cast<int64_t>(base) * args.slots + at];
+        words[at] = row >= 0 && row < args.num_rows ? args.probs_N[row] : 0.0f;
+      }
+    }
+    publish(trip, peer, chunk, epoch);
+  }
+  if (last_block(trip, kSendTicket) && threadIdx.x == 0) {
+    trip.state[trip.counters + kSent] = static_cast<int32_t>(epoch);
+  }
+}
+
+void ep_reduce_push(
+    const Tensor& peers, Tensor state, const Tensor& rows, const Tensor& row_index, const Tensor& ids,
+    const Tensor& base, const std::optional<Tensor>& probs, const Tensor& words, int64_t wire, int64_t num_experts,
+    int64_t tree_blocks, bool compact, int64_t blocks) {
+  const DeviceGuard guard(state.get_device_index());
+  const EpTrip trip = read_trip(peers, state, words);
+  const PartialArgs args =
+      read_partial(trip, rows, row_index, ids, base, probs, wire, num_experts, tree_blocks, compact);
+  const cudaStream_t stream = current_stream(state);
+  const int grid = to_int32(blocks, "blocks");
+  dispatch_float(rows.scalar_type(), "rows", [&](auto zero) {
+    ep_reduce_push_kernel<decltype(zero)><<<grid, kThreads, 0, stream>>>(trip, args);
+  });
+  MOE_LAUNCH_CHECK();
+}
+
+}  // namespace
+}  // namespace moe_layer
+
+STABLE_TORCH_LIBRARY_IMPL(moe_layer, CUDA, m) { m.impl("ep_reduce_push", TORCH_BOX(&moe_layer::ep_reduce_push)); }

@@ -1,0 +1,185 @@
+// Copy the rows of a trip out of the window while they arrive, each to the rows of its experts. Twin of ep_take in
+// moe_layer/ops/ep.py.
+//
+// Blocks take chunks: the own rows first, which are there already, then the peers' in the order in which they are sent.
+// One thread waits for the chunk's flag; a warp reads a row once and writes it up to K times.
+
+#include "ep.cuh"
+
+namespace moe_layer {
+namespace {
+
+constexpr int kThreads = 512, kAhead = 8;
+
+struct TakeArgs {
+  EpTrip trip;
+  const void* rows;
+  const int32_t* tokens_S;  // this rank's own list
+  const int32_t* base_R1;
+  const int32_t* counts_R;
+  const int32_t* row_CK;
+  const int32_t* slot_N;
+  const int32_t* offsets_L1;
+  void* out;
+  int64_t out_rows;
+  int32_t num_rows, list, slots, num_compact, num_local;
+};
+
+template <typename Unit>
+__device__ __forceinline__ void copy_row(const TakeArgs& args, const Unit* from, int64_t c, int64_t per_row) {
+  constexpr unsigned kAll = 0xffffffffu;
+  const int lane = threadIdx.x % kWarp;
+  Unit* out = static_cast<Unit*>(args.out);
+  int32_t mine = -1;
+  if (args.row_CK == nullptr) {
+    if (lane == 0) mine = static_cast<int32_t>(c);
+  } else if (lane < args.slots && c < args.num_compact) {
+    mine = args.row_CK[c * args.slots + lane];
+  }
+  const unsigned targets = __ballot_sync(kAll, mine >= 0 && mine < args.out_rows);
+  for (int64_t begin = 0; begin < per_row; begin += kWarp * kAhead) {
+    Unit values[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const int64_t column = begin + j * kWarp + lane;
+      if (column < per_row) values[j] = __ldcg(from + column);
+    }
+    for (unsigned left = targets; left != 0; left &= left - 1) {
+      Unit* to = out + static_cast<int64_t>(__shfl_sync(kAll, mine, __ffs(left) - 1)) * per_row;
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const int64_t column = begin + j * kWarp + lane;
+        if (column < per_row) to[column] = values[j];
+      }
+    }
+  }
+}
+
+template <typename Unit>
+__global__ void __launch_bounds__(kThreads, 2) ep_take_kernel(TakeArgs args) {
+  const EpTrip& trip = args.trip;
+  __shared__ int32_t counts[kMostRanks];
+  __shared__ bool there;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const uint64_t until = now_ns() + trip.deadline_ns;
+  const int64_t per_row = trip.width / static_cast<int64_t>(sizeof(Unit));
+  bool ok = wait_headers(trip, until, counts);
+  if (ok && args.offsets_L1 != nullptr && args.offsets_L1[args.num_local] > args.out_rows) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+      trip.report(kOverflow, trip.me, args.offsets_L1[args.num_local], static_cast<int32_t>(args.out_rows));
+    }
+    ok = false;
+  }
+  if (!ok) {
+    poison(args.out, args.out_rows * trip.width);
+    return;
+  }
+  const uint32_t epoch = trip.epoch(kReceived) + 1;
+
+  if (args.slot_N != nullptr && args.offsets_L1 != nullptr) {
+    const int64_t rows = args.offsets_L1[args.num_local];
+    for (int64_t n = blockIdx.x * (kThreads / kWarp) + warp; n < rows; n += gridDim.x * (kThreads / kWarp)) {
+      if (args.slot_N[n] >= 0) continue;
+      Unit* to = static_cast<Unit*>(args.out) + n * per_row;
+      for (int64_t column = lane; column < per_row; column += kWarp) to[column] = Unit{};
+    }
+  }
+
+  const Unit* own = static_cast<const Unit*>(args.rows);
+  const int own_count = args.counts_R[trip.me], chunk_rows = trip.chunk_rows;
+  const int64_t own_chunks = ceil_div(own_count, chunk_rows);
+  int most = 0;
+  for (int r = 0; r < trip.ranks; ++r) {
+    if (r != trip.me) most = max(most, args.counts_R[r]);
+  }
+  const int64_t items = own_chunks + static_cast<int64_t>(ceil_div(most, chunk_rows)) * (trip.ranks - 1);
+  for (int64_t q = blockIdx.x; q < items; q += gridDim.x) {
+    int source = trip.me;
+    int64_t chunk = q;
+    if (q >= own_chunks) {
+      nth_chunk(trip, q - own_chunks, source, chunk);
+      // In the sender's turn order this rank comes at another place, but chunk k of all peers at about the same time.
+    }
+    const int first = static_cast<int>(chunk) * chunk_rows, count = args.counts_R[source];
+    if (first >= count) continue;
+    const int end = min(first + chunk_rows, count);
+    const int64_t base = args.base_R1[source];
+    if (source != trip.me) {
+      __syncthreads();  // `there` of the last turn was read
+      if (threadIdx.x == 0) there = spin(trip, trip.flag(trip.me, source, chunk), epoch, until, source);
+      __syncthreads();
+      if (!there) {
+        poison(args.out, args.out_rows * trip.width);
+        return;
+      }
+    }
+    const Unit* arrived = reinterpret_cast<const Unit*>(trip.rows(trip.me, source));
+    for (int i = first + warp; i < end; i += kThreads / kWarp) {
+      const Unit* from = arrived + i * per_row;
+      if (source == trip.me) {
+        const int32_t token = args.tokens_S[i];
+        if (token < 0 || token >= args.num_rows) continue;
+        from = own + token * per_row;
+      }
+      copy_row(args, from, base + i, per_row);
+    }
+  }
+  if (last_block(trip, kReceiveTicket)) give_credits(trip);
+}
+
+void ep_take(
+    const Tensor& peers, Tensor state, const Tensor& rows, const Tensor& tokens, const Tensor& base,
+    const Tensor& counts, const std::optional<Tensor>& row_index, const std::optional<Tensor>& slot,
+    const std::optional<Tensor>& offsets, const Tensor& words, Tensor out) {
+  const DeviceGuard guard(state.get_device_index());
+  check_tensor(rows, "rows", rows.scalar_type(), 2);
+  check_tensor(tokens, "tokens", ScalarType::Int, 2);
+  check_tensor(base, "base", ScalarType::Int, 1);
+  check_tensor(counts, "counts", ScalarType::Int, 1);
+  check_tensor(out, "out", out.scalar_type(), 2);
+  TakeArgs args{};
+  args.trip = read_trip(peers, state, words);
+  STD_TORCH_CHECK(
+      out.size(1) * static_cast<int64_t>(out.element_size()) == args.trip.width, "out must be ", args.trip.width,
+      " bytes wide");
+  args.rows = rows.const_data_ptr();
+  args.tokens_S = in_ptr<int32_t>(tokens) + args.trip.me * tokens.size(1);
+  args.base_R1 = in_ptr<int32_t>(base);
+  args.counts_R = in_ptr<int32_t>(counts);
+  args.num_rows = to_int32(rows.size(0), "rows");
+  args.list = to_int32(tokens.size(1), "list");
+  args.out = out.mutable_data_ptr();
+  args.out_rows = out.size(0);
+  if (row_index.has_value()) {
+    check_tensor(*row_index, "row_CK", ScalarType::Int, 2);
+    args.row_CK = in_ptr<int32_t>(*row_index);
+    args.num_compact = to_int32(row_index->size(0), "compact rows");
+    args.slots = to_int32(row_index->size(1), "slots");
+    STD_TORCH_CHECK(args.slots <= kWarp, "ep_take serves at most 32 slots, got ", args.slots);
+  }
+  if (offsets.has_value()) {
+    check_tensor(*offsets, "offsets", ScalarType::Int, 1);
+    args.offsets_L1 = in_ptr<int32_t>(*offsets);
+    args.num_local = to_int32(offsets->size(0) - 1, "local experts");
+  }
+  if (slot.has_value()) {
+    check_tensor(*slot, "slot_N", ScalarType::Int, 1);
+    STD_TORCH_CHECK(slot->size(0) >= out.size(0), "slot_N must cover the rows of out");
+    args.slot_N = in_ptr<int32_t>(*slot);
+  }
+  const cudaStream_t stream = current_stream(state);
+  const int64_t chunks = ceil_div<int64_t>(args.trip.max_rows, args.trip.chunk_rows) * args.trip.ranks;
+  const int64_t most = sm_count(state.get_device_index());
+  const int grid = static_cast<int>(chunks < most ? chunks : most);
+  if (args.trip.width % 16 == 0) {
+    ep_take_kernel<uint4><<<grid, kThreads, 0, stream>>>(args);
+  } else {
+    ep_take_kernel<uint8_t><<<grid, kThreads, 0, stream>>>(args);
+  }
+  MOE_LAUNCH_CHECK();
+}
+
+}  // namespace
+}  // namespace moe_layer
+
+STABLE_TORCH_LIBRARY_IMPL(moe_layer, CUDA, m) { m.impl("ep_take", TORCH_BOX(&moe_layer::ep_take)); }

@@ -1,0 +1,304 @@
+"""Windows: the memory through which the ranks of one NVLink domain (or one host's CPU) hand rows to each other.
+
+Every rank owns one window of the same layout and can write into all of them. A window has `2 * depth` slots, `depth`
+for trips outwards (dispatch, and d(sum) in combine's backward) and `depth` for trips home. A slot holds, per source
+rank: the words that say what has arrived, a header, `meta` words and rows for `max_tokens` tokens.
+
+    offset        0: words (ready, credit, flags) of all slots, zeroed once, epochs ever after
+    then, by slot  : headers | meta | rows
+
+Slots are taken and released in program order, which is the same on all ranks; `state` (device memory, next to the
+window) counts the trips made through each. The protocol itself is moe_layer/ops/ep.py.
+
+Letters: R ranks, T tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import weakref
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_layer.dispatch.wire import GRACE_S, PHASES, Link, Position
+from moe_layer.errors import CapacityError, DispatchTimeout, RankMismatch
+from moe_layer.ops import ep
+from moe_layer.parallel import compat
+
+_ALIGN = 256
+_MAGIC = zlib.crc32(b"moe_layer window 1") & 0x7FFFFFFF
+_names = itertools.count()
+
+
+@dataclass(frozen=True)
+class WindowSize:
+    """What a window must hold.
+
+    Attributes:
+        ranks: R. max_tokens: T, most tokens that a rank sends in one trip.
+        row_bytes: widest row of any trip. meta_words: 32-bit words that travel beside a row.
+        depth: trips of one direction that may be between their send and their recv.
+    """
+
+    ranks: int
+    max_tokens: int
+    row_bytes: int
+    meta_words: int
+    depth: int
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows that arrive under one flag: enough chunks to keep every multiprocessor busy, few enough words."""
+        return min(64, max(4, self.max_tokens // 256))
+
+    @property
+    def max_chunks(self) -> int:
+        return -(-self.max_tokens // self.chunk_rows)
+
+    @property
+    def data_block(self) -> int:
+        return _round(self.max_tokens * self.row_bytes)
+
+    @property
+    def meta_block(self) -> int:
+        return _round(self.max_tokens * 4 * self.meta_words)
+
+    @property
+    def word_bytes(self) -> int:
+        return _round(4 * self.ranks * (2 + self.max_chunks))
+
+    @property
+    def slot_bytes(self) -> int:
+        return _round(self.ranks * ep.HEADER_BYTES) + self.ranks * (self.meta_block + self.data_block)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one rank's window."""
+        return 2 * self.depth * (self.word_bytes + self.slot_bytes)
+
+    def holds(self, other: WindowSize) -> bool:
+        mine = (self.max_tokens, self.row_bytes, self.meta_words, self.depth)
+        theirs = (other.max_tokens, other.row_bytes, other.meta_words, other.depth)
+        return all(a >= b for a, b in zip(mine, theirs, strict=True))
+
+    def joined(self, other: WindowSize) -> WindowSize:
+        """Room for both."""
+        names = ("max_tokens", "row_bytes", "meta_words", "depth")
+        return WindowSize(self.ranks, *(max(getattr(self, n), getattr(other, n)) for n in names))
+
+    def offsets(self, slot: int) -> dict[str, int]:
+        """Where a slot's parts lie, under the names of `ep.TRIP_WORDS`."""
+        ready = slot * self.word_bytes
+        header = 2 * self.depth * self.word_bytes + slot * self.slot_bytes
+        meta = header + _round(self.ranks * ep.HEADER_BYTES)
+        return {
+            "slot": slot,
+            "ready": ready,
+            "credit": ready + 4 * self.ranks,
+            "flags": ready + 8 * self.ranks,
+            "header": header,
+            "meta": meta,
+            "data": meta + self.ranks * self.meta_block,
+            "meta_block": self.meta_block,
+            "data_block": self.data_block,
+            "max_rows": self.max_tokens,
+            "chunk_rows": self.chunk_rows,
+            "max_chunks": self.max_chunks,
+        }
+
+
+class Trip:
+    """One slot between a send and its recv. `words` is what the ops read; forgetting a trip gives its slot back."""
+
+    def __init__(self, window: Window, slot: int, words: Tensor, at: Position) -> None:
+        self.window, self.slot, self.words, self.at = window, slot, words, at
+        self.sent: Any = None  # CUDA event behind the send
+        self._drop = weakref.finalize(self, window.abandon, slot, words)
+        self._drop.atexit = False
+
+    def taken(self) -> None:
+        """The recv was issued: the slot may be used again."""
+        if self._drop.detach() is not None:
+            self.window.free[self.slot >= self.window.size.depth].append(self.slot)
+
+
+class Window:
+    """This rank's window and the addresses of all."""
+
+    def __init__(self, size: WindowSize, link: Link) -> None:
+        self.size, self.rank, self.device = size, link.rank, link.context.device
+        self.memory, peers, self._keep = _share(size.num_bytes, link)
+        self.peers = torch.tensor(peers, dtype=torch.int64).to(self.device)
+        self.state = torch.zeros(ep.STATE_HEAD + 2 * size.depth * ep.SLOT_WORDS, dtype=torch.int32, device=self.device)
+        self.free = ([*range(size.depth)], [*range(size.depth, 2 * size.depth)])
+        self._abandoned: dict[int, Tensor] = {}
+        on_gpu = self.device.type == "cuda"
+        self.stream = torch.cuda.Stream(self.device, priority=-1) if on_gpu else None
+
+    def begin(self, at: Position, *, width: int, link: Link, home: bool) -> Trip:
+        """Take a slot for a trip of rows of `width` bytes.
+
+        Raises:
+            CapacityError: `ring_depth` trips of this direction are under way already.
+        """
+        free = self.free[home]
+        if not free:
+            raise CapacityError(
+                f"{self.size.depth} trips are between their send and their recv at {at}; raise dispatch.ring_depth or "
+                "receive one first"
+            )
+        free.sort()
+        slot = free.pop(0)
+        if slot in self._abandoned:
+            ep.ep_skip(self.peers, self.state, self._abandoned.pop(slot))
+        words = self.size.offsets(slot) | {
+            "me": self.rank,
+            "deadline_ns": int(link.deadline_s * 1e9),
+            "width": width,
+            "layer": at.layer,
+            "phase": PHASES.index(at.phase),
+            "step": at.step & 0x7FFFFFFF,
+            "config": link.config_hash & 0x7FFFFFFF,
+            "magic": _MAGIC,
+        }
+        return Trip(self, slot, torch.tensor([words[name] for name in ep.TRIP_WORDS], dtype=torch.int64), at)
+
+    def send(self, trip: Trip, op: Any, *args: Any, **options: Any) -> None:
+        """Run an op of a send: on the window's own stream, so that computation goes on beside it."""
+        if self.stream is None:
+            op(*args, **options)
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            op(*args, **options)
+            trip.sent = self.stream.record_event()
+        for value in (*args, *options.values()):
+            if isinstance(value, Tensor) and value.is_cuda:
+                value.record_stream(self.stream)
+
+    def take(self, trip: Trip, rows: Tensor, tokens_RS: Tensor, base_R1: Tensor, counts_R: Tensor, **options: Any) -> None:
+        """`ep_take`, and the end of the trip."""
+        ep.ep_take(self.peers, self.state, rows, tokens_RS, base_R1, counts_R, trip.words, **options)
+        self.received(trip)
+
+    def received(self, trip: Trip) -> None:
+        """The ops that receive a trip were issued; this stream also waits for the trip's own send."""
+        trip.taken()
+        if trip.sent is not None:
+            torch.cuda.current_stream(self.device).wait_event(trip.sent)
+
+    def abandon(self, slot: int, words: Tensor) -> None:
+        """A handle was dropped between send and recv (on every rank, or the next trip's deadline tells)."""
+        self._abandoned[slot] = words
+        self.free[slot >= self.size.depth].append(slot)
+
+    def check(self, link: Link, state: list[int] | None = None) -> None:
+        """Raise what the ops found, if anything. Synchronises unless the words of `state` are given.
+
+        Raises:
+            DispatchTimeout, RankMismatch, CapacityError.
+        """
+        error, peer, wanted, seen, phase, layer, step = (self.state[:7].tolist() if state is None else state)[:7]
+        if not error:
+            return
+        at = Position(layer, step, PHASES[phase])
+        if error == ep.TIMEOUT:
+            raise link.context.fail(
+                str(at),
+                f"deadline {link.deadline_s:g} s; rank {peer} reached epoch {seen} of {wanted}",
+                grace_s=min(GRACE_S, link.deadline_s),
+            )
+        link.context.failure = link.context.failure or f"{at}: see the first error"
+        if error == ep.MISMATCH:
+            raise RankMismatch(
+                f"rank {peer} is elsewhere at {at}: its header says {seen} where this rank has {wanted} (one of "
+                f"{', '.join(ep.COMPARED)}); every rank must run the same layers in the same order with the same shapes"
+            )
+        if error == ep.BAD_COUNT:
+            raise RankMismatch(f"rank {peer} announced {seen} rows at {at}, at most {wanted} fit; its memory is damaged")
+        raise CapacityError(
+            f"static dispatch buffer of {seen} rows overflowed at {at}: {wanted} rows arrived; raise "
+            "dispatch.static_factor or set dispatch.overflow drop"
+        )
+
+
+def window_for(link: Link, need: WindowSize) -> Window:
+    """The group's window; collective when it must be made or made larger, which static facts alone decide."""
+    window = link.context.window
+    if window is None or not window.size.holds(need):
+        if torch.device(link.context.device).type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise CapacityError("the dispatch window must be made before CUDA graph capture; run one step first")
+        window = Window(need if window is None else window.size.joined(need), link)
+        link.context.window = window
+    return window
+
+
+def _round(count: int) -> int:
+    return -(-count // _ALIGN) * _ALIGN
+
+
+def _gather(link: Link, values: list[int]) -> list[list[int]]:
+    mine = torch.tensor(values, dtype=torch.int64, device=link.context.device)
+    every = mine.new_empty(link.size * len(values))
+    at = link.at("bind")
+    link.wait(link.start(lambda: compat.all_gather(link.group, every, mine), at), at, read=True)
+    return every.view(link.size, len(values)).tolist()
+
+
+def _share(num_bytes: int, link: Link) -> tuple[Tensor, list[int], Any]:
+    """Zeroed memory of this rank, every rank's address for it, and what must be kept alive."""
+    device, pid = link.context.device, os.getpid()
+    home = zlib.crc32(f"{os.uname().nodename} {_boot_id()}".encode())
+    places = _gather(link, [pid, home])
+    if len({place[1] for place in places}) > 1:
+        raise RankMismatch(
+            "dispatch.backend nvlink needs all ranks of the EP group on one host; use all_to_all across hosts"
+        )
+    if len({place[0] for place in places}) == 1:  # threads play the ranks
+        memory = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        _settle(device)
+        return memory, [row[0] for row in _gather(link, [memory.data_ptr()])], None
+    if device.type == "cuda":
+        memory, pointers, handle = compat.symmetric_memory(num_bytes, group=link.group, device=device)
+        memory.zero_()
+        _settle(device)
+        _gather(link, [0])  # nobody writes before everybody has zeroed
+        return memory, pointers, handle
+    path = "/dev/shm/moe_layer_{}_{}"
+    number = next(_names)
+    memory = torch.from_file(path.format(pid, number), shared=True, size=num_bytes, dtype=torch.uint8)
+    memory.zero_()
+    places = _gather(link, [pid, number])
+    views = [
+        memory
+        if place == [pid, number]
+        else torch.from_file(path.format(*place), shared=True, size=num_bytes, dtype=torch.uint8)
+        for place in places
+    ]
+    _gather(link, [0])  # everybody has mapped everything: the names can go
+    os.unlink(path.format(pid, number))
+    return memory, [view.data_ptr() for view in views], views
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _boot_id() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def padded_width(num_bytes: int) -> int:
+    """Row widths are whole 16-byte units."""
+    return math.ceil(num_bytes / 16) * 16
