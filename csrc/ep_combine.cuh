@@ -73,8 +73,13 @@ __device__ __forceinline__ void partial_sum(const PartialArgs& args, int64_t c, 
   const bool inside = d < args.hidden;
   const T* rows = static_cast<const T*>(args.rows) + d;
   if (args.compact) {
-    if (inside) load_wire<V>(rows, sizeof(T) == 4 ? kWireFloat : std::is_same_v<T, __half> ? kWireHalf : kWireBfloat16,
-                             c * args.hidden, sum);
+    if (inside)
+      load_wire<V>(
+          rows,
+          sizeof(T) == 4              ? kWireFloat
+          : std::is_same_v<T, __half> ? kWireHalf
+                                      : kWireBfloat16,
+          c * args.hidden, sum);
     return;
   }
   int row = -1, id = 0;

@@ -112,8 +112,10 @@ __global__ void __launch_bounds__(kThreads, 2) ep_home_kernel(EpTrip trip, Parti
 int32_t dtype_code(const Tensor& t) {
   const ScalarType dtype = t.scalar_type();
   STD_TORCH_CHECK(
-      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "add must be fp32, bf16 "
-      "or fp16, got ", torch::headeronly::toString(dtype));
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+      "add must be fp32, bf16 "
+      "or fp16, got ",
+      torch::headeronly::toString(dtype));
   return dtype == ScalarType::Float ? kWireFloat : dtype == ScalarType::BFloat16 ? kWireBfloat16 : kWireHalf;
 }
 

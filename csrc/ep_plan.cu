@@ -9,8 +9,8 @@ namespace {
 constexpr int kThreads = 1024, kEach = 4;
 
 __global__ void __launch_bounds__(kThreads) ep_plan_kernel(
-    const int32_t* __restrict__ ids_TK, int32_t* tokens_RT, int32_t* position_TR, int32_t* counts_R, int32_t T, int32_t K,
-    int32_t experts_per_rank) {
+    const int32_t* __restrict__ ids_TK, int32_t* tokens_RT, int32_t* position_TR, int32_t* counts_R, int32_t T,
+    int32_t K, int32_t experts_per_rank) {
   __shared__ int32_t sums[kThreads / kWarp];
   const int rank = blockIdx.x, ranks = gridDim.x, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int first_expert = rank * experts_per_rank;

@@ -159,7 +159,10 @@ def dispatch(c: model.DispatchConfig) -> Problems:
     if c.backend != "nvlink":
         yield from _ineffective(c, ("ring_depth", "sm_budget"), "backend nvlink")
     elif c.max_tokens_per_rank is None:
-        yield "max_tokens_per_rank is required by backend nvlink, whose buffers it sizes; set it to the most tokens a rank sends"
+        yield (
+            "max_tokens_per_rank is required by backend nvlink, whose buffers it sizes; set it to the most tokens that "
+            "a rank sends"
+        )
     if c.backend != "replicated":
         yield from _ineffective(c, ("reduce",), "backend replicated")
 

@@ -194,7 +194,9 @@ class NvlinkDispatcher(ExchangeDispatcher):
 
     def _open_route(self, link: Link, plan: DispatchPlan) -> Route:
         c = self.config
-        return NvlinkRoute(link, plan, max_tokens=self.max_tokens, depth=c.ring_depth, blocks=c.sm_budget or PUSH_BLOCKS)
+        return NvlinkRoute(
+            link, plan, max_tokens=self.max_tokens, depth=c.ring_depth, blocks=c.sm_budget or PUSH_BLOCKS
+        )
 
     def window_size(self, hidden: int, dtype: torch.dtype) -> WindowSize:
         """What the fused calls need for rows of `hidden` columns."""

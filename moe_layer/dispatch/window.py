@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from moe_layer.dispatch.wire import GRACE_S, PHASES, Link, Position
-from moe_layer.errors import CapacityError, DispatchTimeout, RankMismatch
+from moe_layer.errors import CapacityError, RankMismatch
 from moe_layer.ops import ep
 from moe_layer.parallel import compat
 
@@ -182,7 +182,9 @@ class Window:
             if isinstance(value, Tensor) and value.is_cuda:
                 value.record_stream(self.stream)
 
-    def take(self, trip: Trip, rows: Tensor, tokens_RS: Tensor, base_R1: Tensor, counts_R: Tensor, **options: Any) -> None:
+    def take(
+        self, trip: Trip, rows: Tensor, tokens_RS: Tensor, base_R1: Tensor, counts_R: Tensor, **options: Any
+    ) -> None:
         """`ep_take`, and the end of the trip."""
         ep.ep_take(self.peers, self.state, rows, tokens_RS, base_R1, counts_R, trip.words, **options)
         self.received(trip)
@@ -221,7 +223,9 @@ class Window:
                 f"{', '.join(ep.COMPARED)}); every rank must run the same layers in the same order with the same shapes"
             )
         if error == ep.BAD_COUNT:
-            raise RankMismatch(f"rank {peer} announced {seen} rows at {at}, at most {wanted} fit; its memory is damaged")
+            raise RankMismatch(
+                f"rank {peer} announced {seen} rows at {at}, at most {wanted} fit; its memory is damaged"
+            )
         raise CapacityError(
             f"static dispatch buffer of {seen} rows overflowed at {at}: {wanted} rows arrived; raise "
             "dispatch.static_factor or set dispatch.overflow drop"

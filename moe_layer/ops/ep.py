@@ -294,7 +294,7 @@ def ep_reduce_push(
     compact: bool = False,
     blocks: int,
 ) -> None:
-    """Send compact rows home: for c in [base_R1[r], base_R1[r+1]), the tree sum of `rows[row_CK[c]]`, rounded to `wire`.
+    """Send compact rows home: for c in [base_R1[r], base_R1[r+1]) the tree sum of `rows[row_CK[c]]`, rounded to `wire`.
 
     Args:
         rows: `[N, D]`, or with `compact` `[C, D]`, already summed. row_CK, ids_CK: as in `tree_reduce`.
@@ -519,11 +519,11 @@ def ep_home(
     tree_blocks: int,
     compact: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Sum what `ep_reduce_push` sent: each rank's partial row of a token, ascending ranks, pairwise; own rows are summed
-    here and rounded to `wire` like the others.
+    """Sum what `ep_reduce_push` sent: each rank's partial row of a token, ascending ranks, pairwise; own rows are
+    summed here and rounded to `wire` like the others.
 
-    Args: as there; position_TR: int32, the token's place among the rows of each rank, -1 = none; add: `[T, D]` floating,
-    joined in fp32 after the sum.
+    Args: as there; position_TR: int32, the token's place among the rows of each rank, -1 = none; add: `[T, D]`
+    floating, joined in fp32 after the sum.
 
     Returns:
         `[T, D]` in `dtype`; fp32 `[T, K]` of the `probs_N` that came home, `[0]` without. NaN after a failure.
