@@ -36,6 +36,7 @@ from moe_layer.dispatch.window import Trip, Window, WindowSize, window_for
 from moe_layer.dispatch.wire import Link, Phase
 from moe_layer.errors import ConfigError
 from moe_layer.ops import ep
+from moe_layer.ops.gather_rows import gather_rows
 from moe_layer.ops.sort_slots import sort_slots
 from moe_layer.types import DispatchPlan, Received, Routing
 
@@ -51,7 +52,7 @@ class FusedCall:
     Attributes:
         x_TD: what was sent, until it is received. tokens_RT, position_TR, counts_R: see `ep_plan`.
         base_R1, recv_R: compact rows of each source. row_CK, ids_CK, slot_N, offsets_L1: see `SlotOrder`.
-        trips: under way between a send and its recv.
+        trips: under way between a send and its recv. d_y_TD; d_rows and d_probs: what the trips of backward carry.
     """
 
     dispatcher: NvlinkDispatcher
@@ -70,6 +71,8 @@ class FusedCall:
     slot_N: Tensor | None = None
     offsets_L1: Tensor | None = None
     trips: dict[Phase, Trip] = field(default_factory=dict)
+    d_y_TD: Tensor | None = None
+    d_rows: tuple[Tensor, Tensor] | None = None
 
     def begin(self, phase: Phase, *, width: int, home: bool) -> Trip:
         link = self.dispatcher.link
@@ -302,7 +305,9 @@ class _DispatchSend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_token: Tensor) -> tuple[Tensor, Tensor, None]:
         call: FusedCall = ctx.call
-        rows, probs_N, compact = call.trips.pop("dispatch backward rows")  # type: ignore[call-overload]
+        assert call.d_rows is not None
+        (rows, probs_N), call.d_rows = call.d_rows, None
+        compact = call.dispatcher.config.rows == "compact"
         dx_TD, d_weights_TK = call.home("dispatch backward", rows, compact=compact, probs_N=probs_N, add=None)
         return dx_TD, d_weights_TK.to(ctx.weights_dtype), None
 
@@ -359,7 +364,7 @@ class _DispatchRecv(torch.autograd.Function):
         compact = call.dispatcher.config.rows == "compact"
         d_rows, d_probs_N = d_rows.contiguous(), d_probs_N.contiguous()
         call.reduce_push("dispatch backward", d_rows, compact=compact, probs_N=d_probs_N)
-        call.trips["dispatch backward rows"] = (d_rows, d_probs_N, compact)  # type: ignore[index]
+        call.d_rows = (d_rows, d_probs_N)
         return d_rows.new_zeros(0), None
 
 
@@ -373,15 +378,13 @@ class _CombineSend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_token: Tensor) -> tuple[Tensor, None]:
         call: FusedCall = ctx.call
-        d_y_TD = call.trips.pop("combine backward rows")  # type: ignore[call-overload]
+        assert call.d_y_TD is not None
+        d_y_TD, call.d_y_TD = call.d_y_TD, None
         if call.dispatcher.config.rows == "compact":
             assert call.base_R1 is not None and call.row_CK is not None and call.slot_N is not None
             d_part_CD = d_y_TD.new_empty(call.row_CK.shape[0], d_y_TD.shape[1])
             call.take("combine backward", d_y_TD, d_part_CD)
-            from moe_layer.ops.gather_rows import gather_rows
-
-            K = call.dispatcher.top_k
-            compact_N = torch.where(call.slot_N >= 0, call.slot_N // K, -1)
+            compact_N = torch.where(call.slot_N >= 0, call.slot_N // call.dispatcher.top_k, -1)
             return gather_rows(d_part_CD, compact_N).to(ctx.dtype), None
         d_rows_ND = d_y_TD.new_empty(ctx.shape)
         call.take("combine backward", d_y_TD, d_rows_ND)
@@ -404,7 +407,7 @@ class _CombineRecv(torch.autograd.Function):
         d_add = None if ctx.add_dtype is None else d_y_TD.to(ctx.add_dtype)
         d_y_TD = d_y_TD.to(call.dtype).contiguous()
         call.push("combine backward", d_y_TD)
-        call.trips["combine backward rows"] = d_y_TD  # type: ignore[index]
+        call.d_y_TD = d_y_TD
         return d_y_TD.new_zeros(0), d_add, None, None
 
 

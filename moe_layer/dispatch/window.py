@@ -120,7 +120,7 @@ class Trip:
         self.window, self.slot, self.words, self.at = window, slot, words, at
         self.sent: Any = None  # CUDA event behind the send
         self._drop = weakref.finalize(self, window.abandon, slot, words)
-        self._drop.atexit = False
+        self._drop.atexit = False  # type: ignore[misc]
 
     def taken(self) -> None:
         """The recv was issued: the slot may be used again."""

@@ -153,7 +153,8 @@ LAYER_RULES: list[tuple[list[str], list[str]]] = [
         [
             "static_factor (1.5) has no effect without capacity static; set that, or leave static_factor at 1.0",
             "overflow (drop) has no effect without capacity static; set that, or leave overflow at error",
-            "max_tokens_per_rank (64) has no effect without capacity static; set that, or leave max_tokens_per_rank at null",
+            "max_tokens_per_rank (64) has no effect without capacity static or backend nvlink; set that, or leave "
+            "max_tokens_per_rank at null",
         ],
     ),
     (["dispatch.static_factor=1.5", "dispatch.overflow=drop", "dispatch.capacity=static"], []),
@@ -162,6 +163,21 @@ LAYER_RULES: list[tuple[list[str], list[str]]] = [
         ["reduce (false) has no effect without backend replicated; set that, or leave reduce at true"],
     ),
     (["dispatch.reduce=false", "dispatch.backend=replicated"], []),
+    (
+        ["dispatch.ring_depth=3", "dispatch.sm_budget=8"],
+        [
+            "ring_depth (3) has no effect without backend nvlink; set that, or leave ring_depth at 2",
+            "sm_budget (8) has no effect without backend nvlink; set that, or leave sm_budget at null",
+        ],
+    ),
+    (
+        ["dispatch.backend=nvlink"],
+        [
+            "max_tokens_per_rank is required by backend nvlink, whose buffers it sizes; set it to the most tokens that "
+            "a rank sends"
+        ],
+    ),
+    (["dispatch.backend=nvlink", "dispatch.max_tokens_per_rank=64", "dispatch.ring_depth=3"], []),
     (
         ["router.capacity_factor=1.5", "replay.weights=recorded", "replay.on_missing=raise"],
         [

@@ -33,6 +33,8 @@ ELSEWHERE = {
     "moe.kernels": "tests/unit/test_every_key.py::test_kernels",
     "moe.shared_expert.mode": "tests/unit/test_packed.py::test_one_grouped_call",
     "moe.dispatch.backend": "tests/distributed/test_keys.py::test_backend",
+    "moe.dispatch.ring_depth": "tests/distributed/test_nvlink.py::test_ring_depth",
+    "moe.dispatch.sm_budget": "tests/distributed/test_nvlink.py::test_sm_budget",
     "moe.dispatch.reduce": "tests/distributed/test_keys.py::test_reduce",
     "moe.dispatch.deadline_s": "tests/distributed/test_keys.py::test_deadline_s",
     "moe.losses.aux_group": "tests/distributed/test_keys.py::test_aux_group",

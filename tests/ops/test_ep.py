@@ -1,0 +1,203 @@
+"""The ops of an expert-parallel trip on a window of one rank: torch's own checks, epochs, credits, damage."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_layer.dispatch.window import Window, WindowSize
+from moe_layer.dispatch.wire import Link
+from moe_layer.errors import CapacityError, DispatchTimeout, RankMismatch
+from moe_layer.ops import ep
+from moe_layer.parallel.context import ParallelContext
+from tests.distributed.ranks import ThreadRanks
+
+check = torch.library.opcheck
+T, K, D, E = 5, 2, 4, 4
+
+
+def link_of(context: ParallelContext, deadline_s: float = 0.05) -> Link:
+    return Link(context, layer=3, config_hash=1, deadline_s=deadline_s)
+
+
+@pytest.fixture(scope="module")
+def one() -> Iterator[Link]:
+    ranks = ThreadRanks(1)
+    yield ranks.run(1, link_of)[0]
+    ranks.close()
+
+
+@pytest.fixture()
+def window(one: Link) -> Window:
+    one.context.failure = None
+    return Window(WindowSize(1, T, 4 * D, 1 + 2 * K, 2), one)
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    ids = torch.tensor([[0, 1], [2, -1], [3, 0], [-1, -1], [1, 2]], dtype=torch.int32)
+    return torch.randn(T, D), ids, torch.rand(T, K)
+
+
+def test_opcheck(window: Window, one: Link) -> None:
+    x, ids, weights = inputs()
+    check(torch.ops.moe_layer.ep_plan.default, (ids, E, 1))
+    tokens, position, counts = ep.ep_plan(ids, num_experts=E, num_ranks=1)
+    trip = window.begin(one.at("dispatch"), width=4 * D, link=one, home=False)
+    w = (window.peers, window.state)
+    check(torch.ops.moe_layer.ep_push.default, (*w, x, tokens, counts, ids, weights, trip.words, 1))
+    check(torch.ops.moe_layer.ep_await.default, (*w, trip.words, T, K, K, 0, E))
+    base = torch.tensor([0, 4], dtype=torch.int32)
+    row_CK = torch.tensor([[0, 1], [2, -1], [3, 4], [5, 6]], dtype=torch.int32)
+    ids_CK = ids[[0, 1, 2, 4]]
+    check(
+        torch.ops.moe_layer.ep_take.default,
+        (*w, x, tokens, base, counts, row_CK, None, None, trip.words, torch.zeros(7, D)),
+    )
+    back = window.begin(one.at("combine"), width=4 * D, link=one, home=True)
+    rows, probs = torch.randn(7, D), torch.rand(7)
+    check(
+        torch.ops.moe_layer.ep_reduce_push.default,
+        (*w, rows, row_CK, ids_CK, base, probs, back.words, 0, E, 4, False, 1),
+    )
+    check(
+        torch.ops.moe_layer.ep_home.default,
+        (*w, rows, row_CK, ids_CK, base, position, ids, probs, x, back.words, 0, 0, E, 4, False),
+    )
+    check(torch.ops.moe_layer.ep_skip.default, (*w, trip.words))
+
+
+def push(window: Window, link: Link, x: Tensor, ids: Tensor, weights: Tensor):  # type: ignore[no-untyped-def]
+    tokens, _, counts = ep.ep_plan(ids, num_experts=E, num_ranks=1)
+    trip = window.begin(link.at("dispatch"), width=4 * D, link=link, home=False)
+    ep.ep_push(window.peers, window.state, x, tokens, counts, trip.words, meta0=ids, meta1=weights, blocks=1)
+    return trip, tokens, counts
+
+
+def test_slots_are_reused_for_ever(window: Window, one: Link) -> None:
+    """Epochs count up; rows, ids and weights of each trip arrive; credits come back."""
+    x, ids, weights = inputs()
+    for _ in range(9):
+        x = x + 1
+        trip, tokens, counts = push(window, one, x, ids, weights)
+        got = ep.ep_await(
+            window.peers, window.state, trip.words, num_rows=T, words0=K, words1=K, first_expert=0, num_local=E
+        )
+        assert got[0].tolist() == [4] and got[1].tolist() == [0, 4] and got[2].tolist() == [0, 1, 2, 4, -1]
+        assert torch.equal(got[4][:4], ids[[0, 1, 2, 4]]) and torch.equal(got[5][:4], weights[[0, 1, 2, 4]])
+        out = torch.full((T, D), 7.0)
+        window.take(trip, x, tokens, got[1], counts, out=out)
+        assert torch.equal(out[:4], x[[0, 1, 2, 4]]) and (out[4] == 7).all()
+    assert window.state[ep.STATE_HEAD : ep.STATE_HEAD + 2].tolist() == [9, 9]
+
+
+def test_epochs_wrap(window: Window, one: Link) -> None:
+    near_end = torch.iinfo(torch.int32).max
+    for offset in ("ready", "credit"):
+        where = window.size.offsets(0)[offset]
+        window.memory[where : where + 4].view(torch.int32).fill_(near_end)
+    window.state[ep.STATE_HEAD : ep.STATE_HEAD + 2] = near_end
+    x, ids, weights = inputs()
+    for _ in range(3):
+        trip, tokens, counts = push(window, one, x, ids, weights)
+        out = torch.zeros(T, D)
+        window.take(trip, x, tokens, torch.tensor([0, 4], dtype=torch.int32), counts, out=out)
+        window.check(one)
+        assert torch.equal(out[:4], x[[0, 1, 2, 4]])
+    assert int(window.state[ep.STATE_HEAD]) == torch.iinfo(torch.int32).min + 2
+
+
+def test_ring_is_bounded_and_dropped_handles_come_back(window: Window, one: Link) -> None:
+    x, ids, weights = inputs()
+    trips = [push(window, one, x, ids, weights) for _ in range(2)]
+    with pytest.raises(CapacityError, match=r"2 trips .* layer 3, step 0, phase dispatch; raise dispatch.ring_depth"):
+        push(window, one, x, ids, weights)
+    trips.clear()
+    for _ in range(5):
+        push(window, one, x, ids, weights)  # dropped at once
+    window.check(one)
+
+
+def test_a_send_waits_for_the_credit(window: Window, one: Link) -> None:
+    x, ids, weights = inputs()
+    trip, *_ = push(window, one, x, ids, weights)
+    trip.taken()  # the host believes it, the device knows better
+    push(window, one, x, ids, weights)
+    with pytest.raises(DispatchTimeout, match="rank 0 reached epoch 0 of 1"):
+        window.check(one)
+
+
+@pytest.mark.parametrize("part", ["ready", "flags"])
+def test_nothing_arrives(window: Window, one: Link, part: str) -> None:
+    """Another rank's word stays behind: the output is NaN, the error typed and sticky."""
+    x, ids, _weights = inputs()
+    size = WindowSize(2, T, 4 * D, 1 + 2 * K, 2)
+    pair = Window.__new__(Window)
+    pair.__dict__ = {**window.__dict__, "size": size, "memory": torch.zeros(size.num_bytes, dtype=torch.uint8)}
+    pair.peers = torch.tensor([pair.memory.data_ptr()] * 2)
+    tokens, _, counts = ep.ep_plan(ids, num_experts=E, num_ranks=2)
+    trip = pair.begin(one.at("dispatch"), width=4 * D, link=one, home=False)
+    ep.ep_push(pair.peers, pair.state, x, tokens, counts, trip.words, blocks=1)
+    where = size.offsets(0)
+    if part == "flags":  # the header of rank 1 is there, its rows are not
+        header = pair.memory[where["header"] :][:128].view(torch.int32)
+        header[16:32] = header[0:16]
+        pair.memory[where["ready"] :][:8].view(torch.int32)[1] = 1
+    out = torch.zeros(2 * T, D)
+    base = torch.tensor([0, T, 2 * T], dtype=torch.int32)
+    pair.take(trip, x, tokens, base, torch.tensor([int(counts[0]), 3], dtype=torch.int32), out=out)
+    assert out.isnan().all()
+    with pytest.raises(DispatchTimeout, match="rank 1 reached epoch 0 of 1"):
+        pair.check(one)
+    one.context.failure = None
+    again = torch.zeros(2 * T, D)
+    ep.ep_take(pair.peers, pair.state, x, tokens, base, counts, trip.words, out=again)
+    assert again.isnan().all()
+
+
+@pytest.mark.parametrize("word,name", [(1, "layer"), (2, "phase"), (3, "step"), (0, "width")])
+def test_another_header_is_a_mismatch(window: Window, one: Link, word: int, name: str) -> None:
+    x, ids, weights = inputs()
+    trip, tokens, counts = push(window, one, x, ids, weights)
+    window.memory[window.size.offsets(0)["header"] :][:64].view(torch.int32)[word] += 1
+    out = torch.zeros(T, D)
+    window.take(trip, x, tokens, torch.tensor([0, 4], dtype=torch.int32), counts, out=out)
+    assert out.isnan().all()
+    with pytest.raises(RankMismatch, match=rf"rank 0 is elsewhere at layer 3.*{name}"):
+        window.check(one)
+
+
+def test_a_count_that_cannot_be_is_refused(window: Window, one: Link) -> None:
+    x, ids, weights = inputs()
+    trip, *_ = push(window, one, x, ids, weights)
+    window.memory[window.size.offsets(0)["header"] :][:64].view(torch.int32)[6] = 10**6
+    counts = ep.ep_await(
+        window.peers, window.state, trip.words, num_rows=T, words0=K, words1=K, first_expert=0, num_local=E
+    )[0]
+    assert counts.tolist() == [0]
+    with pytest.raises(RankMismatch, match="1000000 rows"):
+        window.check(one)
+
+
+def test_sizes_add_up() -> None:
+    """Regions of the slots do not overlap and end with the window."""
+    for size in (WindowSize(2, 100, 48, 9, 2), WindowSize(8, 4096, 14336, 17, 3), WindowSize(1, 1, 16, 1, 1)):
+        spans = []
+        for slot in range(2 * size.depth):
+            at = size.offsets(slot)
+            R = size.ranks
+            spans += [
+                (at["ready"], 4 * R),
+                (at["credit"], 4 * R),
+                (at["flags"], 4 * R * size.max_chunks),
+                (at["header"], ep.HEADER_BYTES * R),
+                (at["meta"], size.meta_block * R),
+                (at["data"], size.data_block * R),
+            ]
+            assert at["data"] % 16 == 0 and size.data_block >= size.max_tokens * size.row_bytes
+        spans.sort()
+        assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(spans))
+        assert spans[-1][0] + spans[-1][1] == size.num_bytes
