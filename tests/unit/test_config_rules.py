@@ -335,9 +335,9 @@ def test_the_same_rules_hold_in_python() -> None:
     with pytest.raises(ConfigError, match=r"num_experts: expected an integer >= 1 and <= 1048576, got '8'"):
         RouterConfig(num_experts="8", top_k=True)  # type: ignore[arg-type]
     with pytest.raises(ConfigError) as caught:
-        DispatchConfig(backend="nvlink", alignment=3, deadline_s=float("nan"))  # type: ignore[arg-type]
+        DispatchConfig(backend="infiniband", alignment=3, deadline_s=float("nan"))  # type: ignore[arg-type]
     assert caught.value.problems == (
-        "backend: expected one of auto, local, replicated, all_gather, all_to_all, got 'nvlink'",
+        "backend: expected one of auto, local, replicated, all_gather, all_to_all, nvlink, got 'infiniband'",
         "alignment: expected one of 1, 8, 16, 128, got 3",
         "deadline_s: expected a number > 0, got nan",
     )
