@@ -14,7 +14,10 @@ wrong for
 two forwards followed by one backward: `RoutingSession` has no such condition. Where Megatron fails silently we raise:
 nothing to replay, another number of tokens or K, a recompute under REPLAY_FORWARD with several micro-batches queued.
 
-One deviation: ids of -1 are routed live. The list of instances is global because the drivers' calls name no model.
+Deviations: ids of -1 are routed live, and so are rows where `replay_mask` is False. verl adds that argument to
+`set_target_indices` (volcengine/verl, verl/utils/megatron/router_replay_patch.py: R3 keeps the last row of a sequence
+native, because no engine ran it) and calls the list of instances `router_instances`. The list is global because the
+drivers' calls name no model.
 
 T tokens, K top-k.
 """
@@ -46,10 +49,12 @@ class RouterReplay(NotCopied):
     """One MoE layer's record and targets; the statics act on all attached layers."""
 
     global_router_replay_instances: ClassVar[list[RouterReplay]] = []
+    router_instances: ClassVar[list[RouterReplay]] = global_router_replay_instances  # verl's name of the same list
 
     def __init__(self, name: str = "", top_k: int = 0) -> None:
         self.name, self.top_k = name, top_k
         self.target_topk_idx: Tensor | None = None
+        self.target_replay_mask: Tensor | None = None
         self.recorded_topk_idx: Tensor | None = None
         self.router_replay_action: RouterReplayAction | None = None
         self.replay_backward_list: list[Tensor] = []
@@ -146,9 +151,24 @@ class RouterReplay(NotCopied):
 
     # ---- one layer --------------------------------------------------------------------------------------------------
 
-    def set_target_indices(self, topk_indices: Tensor) -> None:
-        """Ids of the next forward, and of its recompute."""
-        self.target_topk_idx = topk_indices
+    def set_target_indices(self, topk_indices: Tensor, replay_mask: Tensor | None = None) -> None:
+        """Ids of the next forward, and of its recompute.
+
+        Args:
+            topk_indices: integer `[T, K]`. replay_mask: bool `[T]`, rows to replay; the others route live.
+
+        Raises:
+            ValueError: a mask that is not bool, or of another number of rows.
+        """
+        if replay_mask is not None:
+            if replay_mask.dtype != torch.bool or tuple(replay_mask.shape) != tuple(topk_indices.shape[:1]):
+                raise ValueError(
+                    f"replay_mask must be bool [{topk_indices.shape[0]}] like the rows of the ids, got "
+                    f"{replay_mask.dtype} {tuple(replay_mask.shape)}"
+                )
+            rows_T1 = replay_mask.to(topk_indices.device).unsqueeze(1)
+            topk_indices = torch.where(rows_T1, topk_indices.to(torch.int64), -1)
+        self.target_topk_idx, self.target_replay_mask = topk_indices, replay_mask
         self.replay_backward_list.append(topk_indices)
 
     def get_recorded_indices(self) -> Tensor | None:
@@ -170,6 +190,7 @@ class RouterReplay(NotCopied):
     def clear_indices(self) -> None:
         self.recorded_topk_idx = None
         self.target_topk_idx = None
+        self.target_replay_mask = None
         self.replay_backward_list = []
 
     def set_router_replay_action(self, router_replay_action: RouterReplayAction) -> None:

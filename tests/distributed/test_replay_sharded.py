@@ -89,6 +89,34 @@ def test_forced_ids_and_recording_under_ep(ranks: ThreadRanks, backend: str, siz
         torch.testing.assert_close(total, whole.router.weight.grad, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_forced_gate_weights_under_ep(ranks: ThreadRanks, backend: str, size: int, dtype: torch.dtype) -> None:
+    """Half precision: weights stay fp32 and are those of one rank to the bit; outputs within the wire's rounding."""
+    torch.manual_seed(0)
+    whole = MoELayer(config()).to(dtype)
+    x = torch.randn(T, D).to(dtype)
+    y, routing = whole(x, replay=forced(), return_routing=True)
+    cuts = [0, *even_cuts(T, size)[1:]]
+
+    def one(context: ParallelContext) -> tuple[Tensor, Tensor]:
+        layer = sharded_layer(whole, config(backend), context).to(dtype)
+        mine = slice(0, T) if backend == "replicated" else slice(cuts[context.ep_rank], cuts[context.ep_rank + 1])
+        ids = forced()[mine].to(torch.int8)
+        out, mine_routed = layer(x[mine], replay=ids, return_routing=True)
+        assert torch.equal(MojoMoE(layer)(x[mine], ids), out)
+        return out.detach(), mine_routed.weights_TK
+
+    found = ranks.run(size, one)
+    outputs, weights = ([pair[i] for pair in found] for i in range(2))
+    joined = outputs[0] if backend == "replicated" else torch.cat(outputs)
+    assert weights[0].dtype == torch.float32 and joined.dtype == dtype
+    assert torch.equal(weights[0] if backend == "replicated" else torch.cat(weights), routing.weights_TK)
+    tolerance = 4 * torch.finfo(dtype).eps * float(y.detach().abs().max())
+    torch.testing.assert_close(joined, y.detach(), rtol=0, atol=tolerance)
+
+
 # ---- maps: token-wise models, so that a shard is exactly its tokens -------------------------------------------------
 
 LENGTHS = [7, 3, 10]

@@ -56,6 +56,8 @@ def fixtures() -> dict[str, Any]:
         # #31219: narrow dtypes on the wire
         "sglang_uint8": {"routed_experts": pack(decoder_rows(RUN, 8), "B"), "routed_experts_dtype": "uint8"},
         "sglang_uint16": {"routed_experts": pack(decoder_rows(RUN, 300), "H"), "routed_experts_dtype": "uint16"},
+        # #17434: a choice of the OpenAI endpoints
+        "sglang_openai": {"index": 0, "sgl_ext": {"routed_experts": pack(decoder_rows(RUN, 8), "i")}},
         # skip_tokenizer_init: not encoded
         "sglang_tensor": {"routed_experts": decoder_rows(RUN, 8)},
         # vllm-project/vllm#28284, 0.14 to 0.20: one array, all decoder layers
@@ -67,6 +69,14 @@ def fixtures() -> dict[str, Any]:
         },
         # 0.22: one array, MoE layers only
         "vllm_0_22": {"routed_experts": moe_rows(RUN, 8)},
+        # #56402: rows of a known prefix are left out
+        "vllm_tail": {"routed_experts": moe_rows(range(3, 5), 8)},
+        # transformers 5.x TopKRouter: (router_logits [T, E], weights [T, K], indices [T, K]) of each MoE layer; a
+        # prefill of 4 tokens, then a decoding step
+        "transformers": [
+            [{"indices": [row[layer] for row in moe_rows(rows, 8)]} for layer in range(2)]
+            for rows in (range(4), range(4, 5))
+        ],
         # megatron/core/transformer/moe/router_replay.py: a list per router, [T, K]
         "megatron_recorded": [[row[layer] for row in moe_rows(RUN, 8)] for layer in range(2)],
         # megatron/core/inference/inference_request.py: [total_tokens-1, L, K]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -49,6 +50,7 @@ SOURCES: dict[str, tuple[Callable[[], RoutingTrace], int]] = {
     "sglang_int32": (lambda: from_sglang(golden("sglang_int32"), top_k=2, **SMALL), 8),
     "sglang_uint8": (lambda: from_sglang(golden("sglang_uint8"), top_k=2, **SMALL), 8),
     "sglang_uint16": (lambda: from_sglang(golden("sglang_uint16"), top_k=2, **LARGE), 300),
+    "sglang_openai": (lambda: from_sglang(golden("sglang_openai"), top_k=2, **SMALL), 8),
     "sglang_tensor": (lambda: from_sglang(golden("sglang_tensor"), top_k=2, **SMALL), 8),
     "vllm_0_14": (lambda: from_vllm(*_request("vllm_0_14"), **SMALL), 8),
     "vllm_0_21": (lambda: from_vllm(*_request("vllm_0_21"), **SMALL), 8),
@@ -71,6 +73,28 @@ def test_every_source_gives_the_same_trace(source: str) -> None:
     trace = make()
     assert trace.spec.layers == LAYERS and trace.lengths == [wire.TOKENS]
     assert torch.equal(trace.wide_ids(), expected(experts))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int16, np.uint16, np.uint8, torch.int16, torch.uint8])
+@pytest.mark.parametrize("name", ["vllm_0_14", "vllm_0_21", "vllm_0_22"])
+def test_vllm_arrays_of_every_generation_and_dtype(name: str, dtype: Any) -> None:
+    """int32, then int16, then whatever is narrow; NumPy arrays or tensors."""
+
+    def typed(rows: Any) -> Any:
+        return torch.tensor(rows, dtype=dtype) if isinstance(dtype, torch.dtype) else np.array(rows, dtype=dtype)
+
+    parts = {field: typed(rows) for field, rows in golden(name).items()}
+    trace = from_vllm(SimpleNamespace(**parts), SimpleNamespace(**parts), **SMALL)
+    assert torch.equal(trace.wide_ids(), expected(8))
+
+
+def test_vllm_prefix_that_was_left_out_is_spliced() -> None:
+    tokens = torch.arange(6)
+    first = from_vllm(golden("vllm_0_22")["routed_experts"], **SMALL, token_ids=tokens).rows(0, 3)
+    tail = from_vllm(golden("vllm_tail")["routed_experts"], **SMALL, start=3, token_ids=tokens[3:])
+    assert tail.first_position == 3 and torch.equal(first.splice(tail).wide_ids(), expected(8))
+    with pytest.raises(TraceError, match="returned 2 rows for 6 tokens"):
+        from_vllm(golden("vllm_tail")["routed_experts"], **SMALL)
 
 
 def test_golden_files_are_what_the_writer_writes() -> None:
@@ -166,6 +190,45 @@ def test_lies_are_refused(case: str) -> None:
 
 
 # ---- transformers ---------------------------------------------------------------------------------------------------
+
+
+class Qwen3MoeTopKRouter(torch.nn.Module):
+    """Stands in for transformers' class of that name: it returns what the golden file says, call after call."""
+
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        self.num_experts, self.top_k = 8, 2
+        self.calls = iter(golden("transformers"))
+        self.layer = layer
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ids = torch.tensor(next(self.calls)[self.layer]["indices"])
+        return torch.zeros(ids.shape[0], 8), torch.full(ids.shape, 0.5), ids
+
+
+def _stand_in() -> torch.nn.Module:
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(torch.nn.ModuleDict({"gate": Qwen3MoeTopKRouter(i)}) for i in range(2))
+    return model
+
+
+def test_transformers_golden_layout() -> None:
+    model: Any = _stand_in()
+    with record_transformers(model, weights=True) as recording:
+        for tokens in (4, 1):
+            for layer in model.layers:
+                layer["gate"](torch.zeros(tokens, 3))
+    trace = recording.trace()
+    assert trace.spec.layers == ("layers.0", "layers.1") and torch.equal(trace.wide_ids(), expected(8)[:-1])
+    assert trace.weights is not None and bool((trace.weights == 0.5).all())
+
+
+def test_transformers_of_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = _stand_in()
+    for wrong in (torch.zeros(4, 8), (torch.zeros(4, 8), torch.zeros(4, 2)), (None, None, torch.zeros(4, 2))):
+        monkeypatch.setattr(Qwen3MoeTopKRouter, "forward", lambda self, x, wrong=wrong: wrong)
+        with pytest.raises(TraceError, match=r"did not return \(logits, weights, indices"), record_transformers(model):
+            model.layers[0]["gate"](torch.zeros(4, 3))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe"])

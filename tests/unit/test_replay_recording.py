@@ -8,11 +8,13 @@ import pickle
 
 import pytest
 import torch
+from torch import Tensor
 
 from moe_layer import RoutingError, RoutingSession, RoutingTrace, TraceError
 from tests.unit.replay_models import (
     LAYERS,
     D,
+    K,
     T,
     batch,
     make_model,
@@ -120,3 +122,65 @@ def test_static_recording_takes_each_launch_home() -> None:
         model(batch())
     with pytest.raises(RoutingError, match="keeps no weights"), session.record(max_tokens=3, weights=True):
         pass
+
+
+def test_pinned_memory_is_taken_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of one dtype lie side by side, never overlap, and a large one gets a chunk of its own."""
+    from moe_layer.replay import recording
+
+    taken = []
+    real = torch.empty
+
+    def empty(size: int, *, dtype: torch.dtype, pin_memory: bool) -> Tensor:
+        assert pin_memory
+        taken.append(size * dtype.itemsize)
+        return real(size, dtype=dtype)
+
+    monkeypatch.setattr(recording.torch, "empty", empty)
+    memory = recording._PinnedMemory()
+    pieces = [memory.take(torch.Size((n % 7, 3)), torch.uint8).fill_(n % 251) for n in range(500)]
+    pieces.append(memory.take(torch.Size((50_000, 4)), torch.float32).fill_(1.0))
+    for n, piece in enumerate(pieces[:-1]):
+        assert tuple(piece.shape) == (n % 7, 3) and bool((piece == n % 251).all())
+    assert taken == [recording.FIRST_CHUNK, 800_000]
+
+
+def test_records_of_other_streams_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events go behind the copies on every stream that ran a router, once each, also while the block is open."""
+    from moe_layer.replay import recording
+
+    log: list[str] = []
+
+    class Event:
+        def record(self, stream: str) -> None:
+            log.append(f"record {stream}")
+
+        def synchronize(self) -> None:
+            log.append("wait")
+
+    monkeypatch.setattr(recording.torch.cuda, "Event", Event)
+    model = make_model()
+    with RoutingSession(model) as session, session.record() as recorded:
+        model(batch())
+        recorded._streams.update(("a",))
+        recorded.trace()
+        assert log == ["record a", "wait"]
+        recorded._streams.update(("b",))
+    assert log[2:] == ["record b"]
+    recorded.trace()
+    assert log[3:] == ["wait"]
+
+
+def test_static_recording_of_masks_that_come_and_go() -> None:
+    """A row that was padding in one launch and a token in the next is recorded in the next."""
+    layer = make_model().blocks[0].moe
+    x, valid = torch.randn(4, D), torch.tensor([True, False, True, True])
+    with RoutingSession(layer) as session, session.record(max_tokens=4) as recording:
+        for mask in (None, valid, None):
+            layer(x, valid=mask)
+            recording.commit(4)
+        with pytest.raises(TraceError, match=r"commit\(5\) of buffers for 4 tokens"):
+            recording.commit(5)
+    complete = (recording.trace().wide_ids()[:, 0] >= 0).all(1).view(3, 4)
+    assert complete.tolist() == [[True] * 4, valid.tolist(), [True] * 4]
+    assert recording.host_bytes == 3 * 4 * K + 2 * 4

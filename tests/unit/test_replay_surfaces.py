@@ -55,9 +55,10 @@ def test_the_statics_are_megatrons() -> None:
         ours = getattr(RouterReplay, name)
         if callable(getattr(real.RouterReplay, name)):
             expected = list(inspect.signature(value.__func__ if isinstance(value, staticmethod) else value).parameters)
-            assert [p for p in inspect.signature(ours).parameters if p != "self"] == [
-                p for p in expected if p != "self"
-            ], name
+            found = [p for p in inspect.signature(ours).parameters.values() if p.name != "self"]
+            wanted = [p for p in expected if p != "self"]
+            assert [p.name for p in found[: len(wanted)]] == wanted, name
+            assert all(p.default is not p.empty for p in found[len(wanted) :]), f"{name}: extras are optional"
     assert {a.name: a.value for a in real.RouterReplayAction} == {a.name: a.value for a in RouterReplayAction}
 
 
@@ -93,6 +94,37 @@ def test_r2_as_verl_drives_it() -> None:
         explicit(model, batch(index), [ids for ids in recorded[index] if ids is not None]).square().sum().backward()
     assert_same(found, grads(model))
     assert torch.equal(model(batch()), copy.deepcopy(model)(batch())), "cleared: live again, and copies have no tap"
+
+
+def test_r3_as_verl_drives_it() -> None:
+    """The rollout's ids, S-1 rows padded with zeros; a mask keeps the last row of each sequence native."""
+    model, x = make_model(), batch()
+    RouterReplay.attach(model)
+    assert RouterReplay.router_instances is RouterReplay.global_router_replay_instances
+    mask = torch.ones(T, dtype=torch.bool)
+    mask[[T // 2 - 1, T - 1]] = False
+    ids = [torch.where(mask.unsqueeze(1), layer, 0) for layer in layers_of(4)]
+
+    def run(block: Any, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(block, x, use_reentrant=False)
+
+    for router, target in zip(RouterReplay.router_instances, ids, strict=True):
+        router.set_target_indices(target, replay_mask=mask)
+    RouterReplay.set_global_router_replay_action(FORWARD)
+    y = model(x, run)
+    RouterReplay.set_global_router_replay_action(BACKWARD)
+    y.square().sum().backward()
+    RouterReplay.clear_global_router_replay_action()
+    found = grads(model)
+    expected = explicit(model, x, [torch.where(mask.unsqueeze(1), layer, -1) for layer in ids])
+    expected.square().sum().backward()
+    assert torch.equal(y, expected)
+    assert_same(found, grads(model))
+    for wrong in (mask[:-1], mask.int()):
+        with pytest.raises(ValueError, match=rf"replay_mask must be bool \[{T}\]"):
+            RouterReplay.router_instances[0].set_target_indices(ids[0], wrong)
+    RouterReplay.clear_global_indices()
+    assert RouterReplay.router_instances[0].target_replay_mask is None
 
 
 def test_megatron_static_buffer() -> None:
@@ -258,5 +290,11 @@ def test_splice_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     RoutingTrace.from_ids(ids.flip(2), num_experts=E, layers=LAYERS).save(paths["swapped"])
     assert main(["replay", "compare", paths["whole"], paths["swapped"]]) == 0
     assert "order alone differs    100.00%" in capsys.readouterr().out
+    assert main(["replay", "splice", paths["whole"], paths["later"], "--start", "95", "--out", paths["joined"]]) == 0
+    assert "wrote 200 rows" in capsys.readouterr().out
+    assert main(["replay", "compare", paths["whole"], paths["first"]]) == 2
+    assert "cannot compare 200 rows" in capsys.readouterr().err
+    assert main(["replay", "inspect", str(tmp_path / "gone.npz")]) == 2
+    assert "there is no trace" in capsys.readouterr().err
     assert main(["replay", "splice", paths["later"], paths["first"], "--out", paths["joined"]]) == 2
     assert "a gap cannot be spliced" in capsys.readouterr().err

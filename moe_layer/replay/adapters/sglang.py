@@ -35,7 +35,8 @@ def from_sglang(
     """A trace of one response.
 
     Args:
-        meta_info: the response's `meta_info`, or any mapping with `routed_experts`.
+        meta_info: the response's `meta_info`, or any mapping with `routed_experts`; a choice of the OpenAI endpoints is
+            one with `sgl_ext`.
         num_tokens: S, prompt and output; None takes the rows as they are. start: the request's
             `routed_experts_start_len`.
         token_ids: of the S - start tokens (or of the rows without `num_tokens`).
@@ -44,6 +45,7 @@ def from_sglang(
         TraceError: data that does not decode, or other numbers of rows or layers; a server that ignored `start` is
             named.
     """
+    meta_info = meta_info.get("sgl_ext") or meta_info
     data = meta_info.get("routed_experts")
     if data is None:
         raise TraceError(

@@ -2,15 +2,13 @@
 
 | versions | where | layout |
 |---|---|---|
-| 0.14 to 0.20 | `CompletionOutput.routed_experts` | int32 [rows, num_hidden_layers, top_k], prompt and output
-together |
-| 0.21 | `RequestOutput.prompt_routed_experts` and `CompletionOutput.routed_experts` | int16 [P, num_moe_layers,
-top_k] and [G, ...] |
+| 0.14 to 0.20 | `CompletionOutput.routed_experts` | int32 [rows, num_hidden_layers, top_k], prompt and output |
+| 0.21 | and `RequestOutput.prompt_routed_experts` | int16 [P, num_moe_layers, top_k] and [G, num_moe_layers, top_k] |
 | 0.22 and later | the same two fields, or one | narrow dtype by the number of experts, layer axis of either kind |
 
 The layer axis holds all decoder layers or the MoE layers only, depending on the version; `LayerAxis` tells them apart
-by
-their number. Rows: S-1 for S tokens. Draft (MTP) layers must not be on the axis (#48622).
+by their number. Rows: S-1 for S tokens, or the tail of them when the rows of a known prefix were left out (#56402).
+Draft (MTP) layers must not be on the axis (#48622).
 """
 
 from __future__ import annotations
@@ -32,6 +30,7 @@ def from_vllm(
     num_experts: int,
     axis: LayerAxis,
     num_tokens: int | None = None,
+    start: int = 0,
     token_ids: Tensor | None = None,
     weights_version: int | None = None,
 ) -> RoutingTrace:
@@ -40,7 +39,8 @@ def from_vllm(
     Args:
         completion: a `CompletionOutput`, or anything with `routed_experts`, or the array itself.
         request: its `RequestOutput`, when it has `prompt_routed_experts` (0.21 and later).
-        num_tokens: S, prompt and output. token_ids: of those tokens.
+        num_tokens: S, prompt and output. start: tokens whose rows were left out, so that a fragment comes back, to be
+            spliced. token_ids: of the S - start tokens.
 
     Raises:
         TraceError: the field is absent, or rows or layers do not fit.
@@ -62,4 +62,5 @@ def from_vllm(
         source="vllm",
         token_ids=token_ids,
         weights_version=weights_version,
+        first_position=start,
     )
