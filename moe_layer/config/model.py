@@ -148,6 +148,8 @@ class DispatchConfig:
     """nvlink: multiprocessors that a send may occupy beside the computation (default: 24 out, 96 home)."""
     deadline_s: PositiveFloat = 60.0
     """Seconds a rank waits for its peers before it raises DispatchTimeout."""
+    p2p_world_size: PositiveInt | None = None
+    """all_to_all: consecutive ranks that reach each other directly; a token crosses once per remote domain of these."""
 
     def __post_init__(self) -> None:
         rules.check(self, rules.dispatch)

@@ -165,6 +165,8 @@ def dispatch(c: model.DispatchConfig) -> Problems:
         )
     if c.backend != "replicated":
         yield from _ineffective(c, ("reduce",), "backend replicated")
+    if c.backend not in ("auto", "all_to_all"):
+        yield from _ineffective(c, ("p2p_world_size",), "backend all_to_all")
 
 
 def moe(c: model.MoEConfig) -> Problems:

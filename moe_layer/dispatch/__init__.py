@@ -13,6 +13,7 @@ from moe_layer.dispatch.all_to_all import AllToAllRoute
 from moe_layer.dispatch.base import Dispatcher
 from moe_layer.dispatch.exchange import ExchangeDispatcher
 from moe_layer.dispatch.formats import TokenFormat, check_format, describe_format
+from moe_layer.dispatch.hierarchical import HierarchicalRoute
 from moe_layer.dispatch.local import LocalDispatcher
 from moe_layer.dispatch.nvlink import NvlinkDispatcher
 from moe_layer.dispatch.plan import check_divisible, make_plan
@@ -64,10 +65,21 @@ def make_dispatcher(
             config, num_experts=num_experts, top_k=top_k, layer_index=layer_index, token_format=token_format
         )
 
+    domain = config.p2p_world_size or ranks
+    if domain < ranks and ranks % domain:
+        raise ConfigError(
+            f"dispatch.p2p_world_size ({domain}) must divide parallel.ep ({ranks}): domains have equal sizes; set it "
+            "to the ranks of one host"
+        )
+
     def open_route(link: Link, plan: DispatchPlan) -> Route:
         if backend == "replicated":
             return ReplicatedRoute(link, plan, reduce=config.reduce)
-        return AllGatherRoute(link, plan) if backend == "all_gather" else AllToAllRoute(link, plan)
+        if backend == "all_gather":
+            return AllGatherRoute(link, plan)
+        if domain < ranks:
+            return HierarchicalRoute(link, plan, domain=domain)
+        return AllToAllRoute(link, plan)
 
     facts = static_facts(config, num_experts=num_experts, top_k=top_k, layer_index=layer_index, ranks=ranks)
     facts["token_format"] = describe_format(token_format)

@@ -23,7 +23,7 @@ from moe_layer.dispatch.arrange import Arrangement, arrange, gather_slots, scatt
 from moe_layer.dispatch.base import finish, round_to_wire, wire_dtype
 from moe_layer.dispatch.formats import InputFormat, TokenFormat, encode_rows, format_for, round_gradient
 from moe_layer.dispatch.plan import make_plan
-from moe_layer.dispatch.route import Pending, Route, pick_home, sum_home
+from moe_layer.dispatch.route import Pending, Route, pick_home, sum_home, sum_position
 from moe_layer.dispatch.source import SlotTrip
 from moe_layer.dispatch.wire import Link
 from moe_layer.errors import CapacityError, RoutingError
@@ -208,7 +208,7 @@ class PartialTrip:
         if kept:
             kept_TR = gather_rows(kept[0], position_TR.flatten()).view(position_TR.shape)
             call.dropped_TR = (kept_TR == 0) & (position_TR >= 0)
-        return sum_home(home_SD, position_TR), ()
+        return sum_home(home_SD, sum_position(call.route)), ()
 
     def send_back(self, d_sum_TD: Tensor, saved: tuple[Tensor, ...]) -> None:
         call = self.call
@@ -239,7 +239,7 @@ class _DispatchSend(torch.autograd.Function):
     def backward(ctx: Any, d_token: Tensor) -> tuple[Tensor, Tensor | None, None]:
         call: Call = ctx.call
         home_SD, *home = call.pending.pop("dispatch backward").wait()
-        dx_TD = sum_home(home_SD, call.route.position_TR).to(call.dtype)
+        dx_TD = sum_home(home_SD, sum_position(call.route)).to(call.dtype)
         if not home:
             return dx_TD, None, None
         d_weights_TK = pick_home(home[0], call.route.position_TR, rank_TK=call.rank_TK())

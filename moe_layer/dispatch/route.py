@@ -55,6 +55,11 @@ class Route(Protocol):
         ...
 
 
+def sum_position(route: Route) -> Tensor:
+    """Where partial sums lie in what `back` returns: `position_TR`, or by domain where the route adds them up."""
+    return getattr(route, "position_TM", route.position_TR)
+
+
 def sum_home(home_SD: Tensor, position_TR: Tensor) -> Tensor:
     """Add the ranks' partial sums of each token: blocks of the tree continue as ranks. `[T, D]` fp32 or fp64."""
     T, R = position_TR.shape
