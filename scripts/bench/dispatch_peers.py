@@ -29,7 +29,6 @@ from moe_layer.ops.tree_reduce import reduction_blocks, tree_reduce
 from moe_layer.parallel import compat
 from moe_layer.types import DispatchPlan, Received, Routing
 
-_SPLIT = "split" if "split" in Received.__dataclass_fields__ else "counts_LR"
 STATIC_FACTOR = 1.25  # rows per T*K under static capacity; uniform routing over two ranks needs about 1.02
 
 
@@ -115,7 +114,7 @@ class UndedupedDispatcher:
             act_probs_N=probs_N,
             offsets_L1=splits.offsets_L1,
             counts_L=splits.counts_L,
-            **{_SPLIT: splits.counts_L.unsqueeze(1)},
+            split=splits.counts_L.unsqueeze(1),
             first_expert=self.rank * self.num_local,
             src=splits.source_N,
             row_CK=splits.position_TK,
