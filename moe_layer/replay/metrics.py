@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_layer.errors import TraceError
 from moe_layer.replay.spec import TraceSpec
-from moe_layer.replay.tap import Routed
+from moe_layer.replay.tap import Routed, is_capturing
 
 EVENTS = ("rows_replayed", "slots_replayed", "slots_filled", "duplicates", "out_of_range")
 """The first entries of `route_topk`'s events."""
@@ -76,14 +76,31 @@ class Tally:
     def __init__(self, spec: TraceSpec, device: torch.device) -> None:
         self.spec, self.device = spec, device
         layers = len(spec.layers)
-        self._events = torch.zeros(layers, len(EVENTS), dtype=torch.int64, device=device)
-        self._compared = torch.zeros(layers, len(COMPARED), dtype=torch.float64, device=device)
-        self._tokens = torch.zeros(2, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # added to in any mode later
+            self._events = torch.zeros(layers, len(EVENTS), dtype=torch.int64, device=device)
+            self._compared = torch.zeros(layers, len(COMPARED), dtype=torch.float64, device=device)
+            self._tokens = torch.zeros(2, dtype=torch.int64, device=device)
         self._differs: dict[int, Tensor] = {}
+        self._pending: list[tuple[int, Tensor]] = []
 
-    @torch.no_grad()
     def add_events(self, layer: int, events: Tensor) -> None:
-        self._events[layer].add_(events[: len(EVENTS)])  # not +=, which would copy the row onto itself
+        """Of one router call; summed at the end of the micro-batch, in one launch for all layers.
+
+        Not so in a capture, which may be over before the micro-batch's block is.
+        """
+        if is_capturing(events):
+            self._events[layer].add_(events[: len(EVENTS)])
+        else:
+            self._pending.append((layer, events[: len(EVENTS)]))
+
+    def _sum_events(self) -> None:
+        layers = [layer for layer, _ in self._pending]
+        if len(layers) > 1 and layers == list(range(len(self.spec.layers))):
+            self._events.add_(torch.stack([events for _, events in self._pending]))
+        else:  # one layer, or several calls of each
+            for layer, events in self._pending:
+                self._events[layer].add_(events)
+        self._pending = []
 
     @torch.no_grad()
     def add_comparison(self, layer: int, a_TK: Tensor, b_TK: Tensor, routed: Routed, *, first: int) -> None:
@@ -100,16 +117,23 @@ class Tally:
         known = self._differs.get(first)
         pair = torch.stack((differs_T, complete_T))
         self._differs[first] = pair if known is None else known | pair
+        if is_capturing(pair) and layer == len(self.spec.layers) - 1:
+            self._sum_tokens()
+
+    def finish_tokens(self) -> None:
+        """End of a micro-batch: its events, and tokens that differ in any layer."""
+        self._sum_events()
+        self._sum_tokens()
 
     @torch.no_grad()
-    def finish_tokens(self) -> None:
-        """End of a micro-batch: tokens that differ in any layer."""
+    def _sum_tokens(self) -> None:
         for pair in self._differs.values():
             self._tokens += pair.sum(1)
         self._differs = {}
 
     def read(self) -> ReplayMetrics:
         """One copy to the host; starts the next interval."""
+        self._sum_events()
         packed = torch.cat([self._events.double().flatten(), self._compared.flatten(), self._tokens.double()]).cpu()
         layers = len(self.spec.layers)
         events, compared, tokens = packed.split([layers * len(EVENTS), layers * len(COMPARED), 2])

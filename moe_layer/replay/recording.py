@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_layer.errors import TraceError
 from moe_layer.replay.spec import TraceSpec
-from moe_layer.replay.tap import Routed
+from moe_layer.replay.tap import Routed, is_capturing
 from moe_layer.replay.trace import RoutingTrace
 
 FIRST_CHUNK, LARGEST_CHUNK = 1 << 16, 1 << 24
@@ -40,7 +40,7 @@ class Recording:
 
     def add(self, layer: int, routed: Routed) -> None:
         """One router call: ids in the trace's dtype, and who was routed at all."""
-        if _is_capturing(routed.ids_TK):
+        if is_capturing(routed.ids_TK):
             raise TraceError(
                 "a CUDA graph cannot capture record(); use record(max_tokens=...) and commit() after each launch"
             )
@@ -153,8 +153,10 @@ class StaticRecording(Recording):
 
     def __init__(self, spec: TraceSpec, *, max_tokens: int, device: torch.device) -> None:
         super().__init__(spec, weights=False)
-        self.ids = torch.zeros(len(spec.layers), max_tokens, spec.top_k, dtype=spec.dtype, device=device)
-        self.routed = torch.ones(len(spec.layers), max_tokens, dtype=torch.bool, device=device)
+        layers = len(spec.layers)
+        with torch.inference_mode(False):  # written to in any mode later
+            self.ids = torch.zeros(layers, max_tokens, spec.top_k, dtype=spec.dtype, device=device)
+            self.routed = torch.ones(layers, max_tokens, dtype=torch.bool, device=device)
         self._masked = False
 
     def add(self, layer: int, routed: Routed) -> None:
@@ -172,8 +174,10 @@ class StaticRecording(Recording):
         """Take home the first `num_tokens` rows of every layer, on the stream of the launch before; does not wait.
 
         Raises:
-            TraceError: more rows than `max_tokens`.
+            TraceError: more rows than `max_tokens`, or inside a capture.
         """
+        if is_capturing(self.ids):
+            raise TraceError("a CUDA graph cannot capture commit(); call it after each launch of the graph")
         if not 0 <= num_tokens <= self.ids.shape[1]:
             raise TraceError(f"commit({num_tokens}) of buffers for {self.ids.shape[1]} tokens; raise max_tokens")
         ids = self._to_host(self.ids[:, :num_tokens].clone())
@@ -183,10 +187,6 @@ class StaticRecording(Recording):
 
     def finish(self) -> None:
         """The block may only have captured a graph: rows come with `commit`."""
-
-
-def _is_capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 class _PinnedMemory:
@@ -202,7 +202,8 @@ class _PinnedMemory:
         chunk = self._chunk.get(dtype)
         if chunk is None or chunk.numel() < wanted:
             size = max(wanted, self._bytes // dtype.itemsize)
-            chunk = torch.empty(size, dtype=dtype, pin_memory=True)
+            with torch.inference_mode(False):  # written to in any mode later
+                chunk = torch.empty(size, dtype=dtype, pin_memory=True)
             self._bytes = min(2 * self._bytes, LARGEST_CHUNK)
         self._chunk[dtype] = chunk[wanted:]
         return chunk[:wanted].view(shape)

@@ -63,3 +63,8 @@ def is_recomputing() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._current_graph_task_id() != -1
+
+
+def is_capturing(tensor: Tensor) -> bool:
+    """Whether work on this tensor goes into a CUDA graph instead of being done."""
+    return tensor.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()

@@ -280,7 +280,7 @@ def test_a_training_step_in_a_graph_replays_other_plans(missing: bool) -> None:
         return y
 
     def warm() -> None:
-        with session.replay(plan):
+        with session.replay(plan, measure=True):
             step()
 
     warm_up(warm)
@@ -288,7 +288,7 @@ def test_a_training_step_in_a_graph_replays_other_plans(missing: bool) -> None:
     model.zero_grad(set_to_none=True)
     x.grad = None
     graph = torch.cuda.CUDAGraph()
-    with session.replay(plan), session.record(max_tokens=T) as recording, torch.cuda.graph(graph):
+    with session.replay(plan, measure=True), session.record(max_tokens=T) as recording, torch.cuda.graph(graph):
         y = step()
     assert x.grad is not None
     for seed, (other, trace) in enumerate(zip(plans, traces, strict=True)):
@@ -305,7 +305,9 @@ def test_a_training_step_in_a_graph_replays_other_plans(missing: bool) -> None:
         assert_same({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, grads(twin))
     recorded, wanted = recording.trace().wide_ids(), torch.cat([trace.wide_ids() for trace in traces])
     assert torch.equal(torch.where(wanted >= 0, recorded, -1), wanted) and bool((recorded >= 0).all())
-    assert session.metrics().slots_replayed == int((wanted >= 0).sum())
+    metrics = session.metrics()
+    assert (metrics.slots_replayed, metrics.rows_compared) == (int((wanted >= 0).sum()), 3 * len(LAYERS) * T)
+    assert 0 < metrics.mismatch <= metrics.token_mismatch <= 1
 
 
 def test_megatrons_statics_inside_a_graph() -> None:

@@ -171,6 +171,20 @@ def test_records_of_other_streams_are_waited_for(monkeypatch: pytest.MonkeyPatch
     assert log[3:] == ["wait"]
 
 
+def test_a_capture_takes_neither_calls_nor_commits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_layer.replay import recording as module
+
+    model = make_model()
+    session = RoutingSession(model)
+    with session.record(max_tokens=T) as recording:
+        model(batch())
+        monkeypatch.setattr(module, "is_capturing", lambda tensor: True)
+        with pytest.raises(TraceError, match=r"cannot capture commit\(\); call it after each launch"):
+            recording.commit(T)
+    with pytest.raises(TraceError, match=r"cannot capture record\(\); use record\(max_tokens"), session.record():
+        model(batch())
+
+
 def test_static_recording_of_masks_that_come_and_go() -> None:
     """A row that was padding in one launch and a token in the next is recorded in the next."""
     layer = make_model().blocks[0].moe
@@ -184,3 +198,26 @@ def test_static_recording_of_masks_that_come_and_go() -> None:
     complete = (recording.trace().wide_ids()[:, 0] >= 0).all(1).view(3, 4)
     assert complete.tolist() == [[True] * 4, valid.tolist(), [True] * 4]
     assert recording.host_bytes == 3 * 4 * K + 2 * 4
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_rollout_under_inference_mode_then_training(static: bool) -> None:
+    """Session, record and counters made in inference mode serve a training pass; one block may see both modes."""
+    model, x = make_model(), batch()
+    with torch.inference_mode():
+        session = RoutingSession(model)
+    with session.record(max_tokens=T if static else None) as recording:
+        for mode in (True, False):
+            with torch.inference_mode(mode):
+                model(x)
+                if static:
+                    recording.commit(T)
+    trace = recording.trace()
+    assert torch.equal(trace.ids[:T], trace.ids[T:])
+    with torch.inference_mode(), session.replay(trace.plan(torch.arange(T), layers=LAYERS), measure=True):
+        expected = model(x)
+    with session.replay(trace.plan(torch.arange(T), layers=LAYERS), measure=True):
+        y = model(x)
+    y.sum().backward()
+    assert torch.equal(y, expected)
+    assert (session.metrics().rows_replayed, session.metrics().rows_replayed) == (4 * T, 0)

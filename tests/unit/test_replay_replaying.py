@@ -250,6 +250,23 @@ def test_replay_counts_and_measures() -> None:
     assert m.scalars()["replay/slots_filled"] == 6.0
 
 
+def test_counters_of_a_capture_are_complete_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph may be captured inside the block: what only the block's end adds would be missing in every launch."""
+    from moe_layer.replay import metrics
+
+    model = make_model()
+    session = RoutingSession(model)
+    with session.replay(make_trace(seed=8), measure=True):
+        model(batch())
+    expected = session.metrics()
+    monkeypatch.setattr(metrics, "is_capturing", lambda tensor: True)
+    with session.replay(make_trace(seed=8), measure=True):
+        model(batch())
+        assert session._tally._pending == [] and session._tally._differs == {}
+        assert session.metrics() == expected
+    assert session.metrics().rows_replayed == 0
+
+
 def test_alarm_for_a_trace_shifted_by_one_token() -> None:
     """Aligned: silent. Shifted by one row: it fires, as does the token check when ids are at hand."""
     model = make_model(seed=5, experts=8)
