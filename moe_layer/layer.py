@@ -22,7 +22,7 @@ from moe_layer.experts import Experts
 from moe_layer.experts.packed import pack, packed_experts
 from moe_layer.experts.parameters import local_part
 from moe_layer.experts.shared import SharedExpert
-from moe_layer.ops.fan_out import fan_out
+from moe_layer.ops.fan_out import LateProduct, fan_out
 from moe_layer.ops.kernels import note_first_cuda_use, require_kernels
 from moe_layer.parallel.compat import broadcast
 from moe_layer.replay.decision import as_decision
@@ -167,10 +167,12 @@ class MoELayer(nn.Module):
         self._check_input(x, valid)
         x_TD = rearrange(x, "... d -> (...) d")
         valid_T = None if valid is None else valid.reshape(-1)
-        routed_TD, shared_TD, gate_TD = fan_out(x_TD, 3)
+        late = LateProduct() if x.is_cuda and not torch.compiler.is_compiling() else None
+        routed_TD, shared_TD, gate_TD = fan_out(x_TD, 3, late)
 
         routing = self.router(
             gate_TD,
+            late=late,
             valid_T=valid_T,
             cu_seqlens=self._boundaries(x, cu_seqlens),
             replay=as_decision(replay, x.shape[:-1], self.config.router.top_k, device=x.device),

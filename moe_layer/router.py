@@ -22,6 +22,7 @@ from moe_layer.config.model import MoEConfig
 from moe_layer.errors import RoutingError
 from moe_layer.ops.attach_losses import attach_losses
 from moe_layer.ops.capacity import apply_capacity, expert_capacity
+from moe_layer.ops.fan_out import LateProduct
 from moe_layer.ops.gate import gate_logits
 from moe_layer.ops.route_topk import RouteTopk, route_topk
 from moe_layer.ops.uniform import uniform_ids
@@ -111,6 +112,7 @@ class Router(nn.Module):
         valid_T: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         replay: RoutingDecision | None = None,
+        late: LateProduct | None = None,
     ) -> Routing:
         """Route T tokens.
 
@@ -119,6 +121,7 @@ class Router(nn.Module):
             valid_T: bool `[T]`, True for real tokens; the others get id -1 and count nowhere.
             cu_seqlens: int32 `[S+1]` from 0 to T, boundaries of the sequences for `losses.aux: sequence`.
             replay: decision with ids `[T, K]`; missing slots are routed live.
+            late: of the `fan_out` that made x_TD, see `gate_logits`.
 
         Returns:
             Routing whose `weights_TK` carry the gradient of the auxiliary losses (while training with grad enabled).
@@ -127,7 +130,7 @@ class Router(nn.Module):
             RoutingError: non-finite logits, missing or duplicate ids under a `raise` policy, ids out of range (at once
                 on CPU; by `check()` on CUDA and under torch.compile).
         """
-        logits_TE = self.logits(x_TD)
+        logits_TE = self.logits(x_TD, late)
         attaches = self.training and torch.is_grad_enabled()
         tap = self.routing_tap
         if tap is not None:
@@ -143,6 +146,9 @@ class Router(nn.Module):
             boundaries = cu_seqlens if self.config.losses.aux == "sequence" else None
             num_valid_S = losses.tokens_per_sequence(x_TD.shape[0], valid_T, boundaries, x_TD.device)
             unscaled, scaled = self._losses(routed, num_valid_S)
+            log_values, log_events = _log_values(
+                unscaled, num_valid_S, dropped, routed.events, host_tokens=_host_tokens(x_TD, valid_T)
+            )
             weights_TK = attach_losses(
                 weights_TK,
                 torch.stack(list(scaled.values())) if scaled else None,
@@ -151,9 +157,8 @@ class Router(nn.Module):
                 self.tokens_per_expert,
                 aux_counts=routed.aux_counts if self.config.losses.aux == "global" and "aux" in unscaled else None,
                 aux_history=self.aux_history,
-                log_values=_log_values(
-                    unscaled, num_valid_S, dropped, routed.events, host_tokens=_host_tokens(x_TD, valid_T)
-                ),
+                log_values=log_values,
+                log_events=log_events,
                 log_sums=self.log_sums,
             )
         return Routing(
@@ -180,12 +185,13 @@ class Router(nn.Module):
         with torch.no_grad():
             return self._route(logits_TE, valid_T, None, None, attaches=False).counts
 
-    def logits(self, x_TD: Tensor) -> Tensor:
+    def logits(self, x_TD: Tensor, late: LateProduct | None = None) -> Tensor:
         """Gate GEMM with the configured dtypes: `[T, E]`. Jitter uses torch's generator, while training only."""
         cfg = self.config.router
         if cfg.jitter_eps > 0.0 and self.training:
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1.0 - cfg.jitter_eps, 1.0 + cfg.jitter_eps)
-        return gate_logits(x_TD, self.weight, self.bias, gate_dtype=cfg.gate_dtype)
+            late = None  # d(x) passes through the noise first
+        return gate_logits(x_TD, self.weight, self.bias, gate_dtype=cfg.gate_dtype, late=late)
 
     def _route(
         self,
@@ -343,11 +349,12 @@ def _host_tokens(x_TD: Tensor, valid_T: Tensor | None) -> int | None:
 
 def _log_values(
     unscaled: dict[str, Tensor], num_valid_S: Tensor, dropped: Tensor | None, events: Tensor, *, host_tokens: int | None
-) -> Tensor:
-    """fp32 vector in the order of LOG_NAMES; two launches in the common case of no losses, no capacity, no mask."""
-    numbers = events[: len(EVENT_NAMES)].to(torch.float32)
-    if not unscaled and dropped is None and host_tokens is not None and not torch.compiler.is_compiling():
-        return torch.cat((_quiet_head(host_tokens, events.device), numbers))
+) -> tuple[Tensor, Tensor | None]:
+    """fp32 sums in the order of LOG_NAMES and the events that follow them (None under torch.compile: they are in the
+    first); no launch in the common case of no losses, no capacity, no mask."""
+    compiling = torch.compiler.is_compiling()
+    if not unscaled and dropped is None and host_tokens is not None and not compiling:
+        return _quiet_head(host_tokens, events.device), events
     zero = torch.zeros((), device=events.device)
     head = [
         unscaled.get("aux", zero),
@@ -356,7 +363,10 @@ def _log_values(
         num_valid_S.sum(),
         zero if dropped is None else dropped,
     ]
-    return torch.cat((torch.stack([value.detach().to(torch.float32) for value in head]), numbers))
+    values = torch.stack([value.detach().to(torch.float32) for value in head])
+    if compiling:
+        return torch.cat((values, events[: len(EVENT_NAMES)].to(torch.float32))), None
+    return values, events
 
 
 @lru_cache(maxsize=64)

@@ -158,8 +158,9 @@ class GradientLink:
     the sum is right with or without other consumers of the rows.
     """
 
-    def __init__(self, index_N: Tensor) -> None:
+    def __init__(self, index_N: Tensor, offsets_L1: Tensor) -> None:
         self.index_N = index_N
+        self._offsets = offsets_L1  # begins with a zero, which serves as the element of the zeros
         self._rows: weakref.ref[Tensor] | None = None
         self._d_y: Tensor | None = None
         self._zeros: Tensor | None = None
@@ -174,7 +175,10 @@ class GradientLink:
 
     def put(self, d_y_TD: Tensor) -> Tensor:
         """Keep d(y) for `take`; returns the zeros [N, D] that stand for d(rows)."""
-        zero = torch.zeros((1, 1), dtype=d_y_TD.dtype, device=d_y_TD.device)
+        if d_y_TD.element_size() <= 4:
+            zero = self._offsets[:1].view(d_y_TD.dtype)[:1]  # no launch
+        else:
+            zero = torch.zeros(1, dtype=d_y_TD.dtype, device=d_y_TD.device)
         self._d_y, self._zeros = d_y_TD, zero.expand(self.index_N.shape[0], d_y_TD.shape[1])
         return self._zeros
 

@@ -79,7 +79,7 @@ class LocalDispatcher:
             ids_CK=ids_TK,
             plan=plan,
             state=LocalState(routing.weights_TK, order.token_N, x_TD.dtype, dropped_TR),
-            link=GradientLink(order.index_N) if linked else None,
+            link=GradientLink(order.index_N, order.offsets_L1) if linked else None,
         )
 
     def _order(self, ids_TK: Tensor) -> tuple[SlotOrder, Tensor, Tensor | None]:

@@ -105,10 +105,11 @@ def backward(
             d_out.rows.mT,
             a_NF.mT,
             targets.down,
-            tile=tiles.d_down,
+            tile=tiles.add_down if add_down else tiles.d_down,
             depth=ends,
             index=d_out.index,
             accumulate=add_down,
+            by_load=tiles.add_by_load,
         )
     if targets.gate_up is not None:
         plans.matmul(
@@ -116,11 +117,12 @@ def backward(
             x.mT,
             d_h_N2F.mT,
             targets.gate_up.mT,
-            tile=tiles.d_gate_up,
+            tile=tiles.add_gate_up if add_gate_up else tiles.d_gate_up,
             depth=ends,
             index=layout.index,
             concat=("out",),
             accumulate=add_gate_up,
+            by_load=tiles.add_by_load,
         )
     d_x_ND = None
     if need_x:

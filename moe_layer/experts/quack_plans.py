@@ -195,6 +195,7 @@ def matmul(
     index: Tensor | None = None,
     concat: tuple[str, ...] | None = None,
     accumulate: bool = False,
+    by_load: bool = False,
 ) -> None:
     """out (+)= a @ b^T, grouped over a's rows (`rows`: boundaries) or over the contraction (`depth`).
 
@@ -203,18 +204,19 @@ def matmul(
         a: `[N, K]`, or `[M, N]` column-major with `depth`. b_NK: `[L, columns, K]`, or `[columns, N]` with `depth`.
         out: `[N, columns]`, or `[L, M, columns]` with `depth`; fp32 where it is accumulated into a main_grad.
         concat: `("B",)` or `("out",)`: that operand holds gate rows first where a kernel wants pairs.
+        accumulate: add to `out`, by reductions in memory, or with `by_load` by reading it in the epilogue.
     """
     _, run_plan, execute = _entry_points()
-    plans, key = _plans(a.device), (kind, tile, index is None, accumulate, out.dtype)
-    plan = plans.get(key)
+    plans, key = _plans(a.device), (kind, tile, index is None, accumulate, by_load, out.dtype)
+    plan, added = plans.get(key), out if accumulate and by_load else None
     if plan is not None:
-        run_plan(plan, a, b_NK, out, None, cu_seqlens_m=rows, cu_seqlens_k=depth, A_idx=index)
+        run_plan(plan, a, b_NK, out, added, cu_seqlens_m=rows, cu_seqlens_k=depth, A_idx=index)
         return
     plans[key] = execute(
         a,
         b_NK.mT,
         out,
-        None,
+        added,
         bias=None,
         alpha=1.0,
         beta=1.0,
@@ -222,12 +224,12 @@ def matmul(
         cu_seqlens_k=depth,
         A_idx=index,
         batch_idx_permute=None,
-        add_to_output=accumulate,
+        add_to_output=accumulate and not by_load,
         dynamic_scheduler=False,
         config=_config(tile),
         rounding_mode=0,
         sr_seed=0,
-        concat_layout=concat,
+        concat_layout=concat if concat is None or added is None else (*concat, "C"),
         SFA=None,
         SFB=None,
         split_k=1,

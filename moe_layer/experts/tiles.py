@@ -1,13 +1,18 @@
-"""Tiles of the six QuACK GEMMs on Hopper, by shape; measured, never autotuned at run time.
+"""Tiles of the QuACK GEMMs on Hopper, by shape; measured, never autotuned at run time.
 
-Figures behind the table: one H200, torch 2.11.0+cu130, quack-kernels 0.6.5 (docs/benchmarks/quack_tiles.jsonl;
-`moe-layer bench tune` writes one for another GPU).
+`tiles.json` holds what `moe-layer bench tune` measured: for each (D, F) the best tile of each GEMM at some numbers of
+rows per expert. Other shapes follow a rule drawn from the same figures.
 """
 
 from __future__ import annotations
 
 import functools
+import json
+import math
+from pathlib import Path
 from typing import NamedTuple
+
+TABLE = Path(__file__).with_name("tiles.json")
 
 
 class Tile(NamedTuple):
@@ -21,7 +26,8 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """One tile per GEMM, in the order of a step."""
+    """One tile per GEMM, in the order of a step; `add_*`: the weight gradients that add to an fp32 main_grad, where
+    `add_by_load` reads the old value in the epilogue instead of reducing into memory."""
 
     up: Tile
     down: Tile
@@ -29,15 +35,17 @@ class Tiles(NamedTuple):
     d_down: Tile
     d_x: Tile
     d_gate_up: Tile
+    add_down: Tile
+    add_gate_up: Tile
+    add_by_load: bool
 
 
 SMALL_GROUP = 640
 """Rows per expert below which a 256-row quantum wastes more than the multicast of a 2x1 cluster saves."""
 
 
-@functools.lru_cache(maxsize=256)
-def choose_tiles(*, rows_per_expert: float, hidden: int, width: int) -> Tiles:
-    """Tiles for an average number of rows per expert, hidden size D and expert width F."""
+def default_tiles(*, rows_per_expert: float, width: int) -> Tiles:
+    """The rule for shapes that the table does not have."""
     small = rows_per_expert < SMALL_GROUP
     narrow = width <= 256
     return Tiles(
@@ -47,4 +55,43 @@ def choose_tiles(*, rows_per_expert: float, hidden: int, width: int) -> Tiles:
         d_down=Tile(128, 256, 2, 1, False),
         d_x=Tile(128, 192, 2, 1, True) if narrow else Tile(128, 256, 1, 2, False),
         d_gate_up=Tile(128, 256, 2, 1, False),
+        add_down=Tile(128, 256, 2, 1, False),
+        add_gate_up=Tile(128, 256, 2, 1, False),
+        add_by_load=False,
     )
+
+
+@functools.cache
+def read_table(path: Path) -> tuple[dict, ...]:
+    """Entries {hidden, width, rows_per_expert, gpu, tiles: {gemm: [m, n, cluster_m, cluster_n, pingpong]}}.
+
+    Raises:
+        ValueError: an entry names an unknown GEMM or a tile without five fields.
+    """
+    if not path.is_file():
+        return ()
+    entries = json.loads(path.read_text())["entries"]
+    for entry in entries:
+        for name, tile in entry["tiles"].items():
+            known = name in Tiles._fields and (isinstance(tile, bool) or len(tile) == len(Tile._fields))
+            if not known:
+                raise ValueError(
+                    f"{path} has {name}: {tile}; write it with `moe-layer bench tune --write`, "
+                    f"which knows {', '.join(Tiles._fields)} and tiles of {len(Tile._fields)} fields"
+                )
+    return tuple(entries)
+
+
+@functools.lru_cache(maxsize=256)
+def choose_tiles(*, rows_per_expert: float, hidden: int, width: int) -> Tiles:
+    """Tiles for an average number of rows per expert, hidden size D and expert width F.
+
+    From the table's entry of this (D, F) whose number of rows is nearest in ratio, else from the rule.
+    """
+    tiles = default_tiles(rows_per_expert=rows_per_expert, width=width)
+    fitting = [e for e in read_table(TABLE) if (e["hidden"], e["width"]) == (hidden, width)]
+    if not fitting:
+        return tiles
+    nearest = min(fitting, key=lambda e: abs(math.log(e["rows_per_expert"] / max(rows_per_expert, 1e-3))))
+    found = {name: t if isinstance(t, bool) else Tile(*t) for name, t in nearest["tiles"].items()}
+    return tiles._replace(**found)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_layer.ops._call import call_plain
+from moe_layer.ops.count_pass import count_pass
 
 
 @torch.library.custom_op(
@@ -62,36 +62,58 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     # design, which autograd's version check would report as an error.
     ctx.scale = scale
     ctx.counters = ((tokens_per_expert, counts), (log_sums, log_values), (aux_history, aux_counts))
+    ctx.log_events = None
     ctx.losses_like = None if losses is None else (losses.shape, losses.dtype)
 
 
-def _backward(ctx: Any, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
-    for counter, counts in ctx.counters:
-        if counter is not None and counts is not None:
-            if torch.compiler.is_compiling():
+def _count(ctx: Any) -> None:
+    if torch.compiler.is_compiling():
+        for counter, counts in ctx.counters:
+            if counter is not None and counts is not None:
                 torch.ops.moe_layer.add_counts_(counter, counts)
-            else:
-                counter.add_(counts.reshape(counter.shape))
-    d_losses = None
-    if ctx.needs_input_grad[1]:
-        shape, dtype = ctx.losses_like
-        d_losses = ctx.scale.to(dtype).expand(shape)
-    return (d_weights, d_losses, *[None] * 7)
+        return
+    (tokens_per_expert, counts), (log_sums, log_values), (aux_history, aux_counts) = ctx.counters
+    count_pass(
+        tokens_per_expert=tokens_per_expert,
+        counts=counts,
+        log_sums=log_sums,
+        log_values=log_values,
+        log_events=ctx.log_events,
+        aux_history=aux_history,
+        aux_counts=aux_counts,
+    )
+
+
+def _backward(ctx: Any, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
+    _count(ctx)
+    return (d_weights, _d_losses(ctx, 1), *[None] * 7)
+
+
+def _d_losses(ctx: Any, position: int) -> Tensor | None:
+    """`scale` for each loss, where the input at `position`, the losses, wants a gradient."""
+    if not ctx.needs_input_grad[position]:
+        return None
+    shape, dtype = ctx.losses_like
+    return ctx.scale.to(dtype).expand(shape)
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _EagerDoor(torch.autograd.Function):
-    """The op's autograd for eager mode, from the same two functions; see `route_topk._EagerDoor` for why."""
+    """The op's autograd for eager mode, from the same functions; see `route_topk._EagerDoor` for why."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = call_plain(torch.ops.moe_layer.attach_losses, *inputs)
-        _setup_context(ctx, inputs, output)
+    def forward(ctx: Any, log_events: Tensor | None, weights: Tensor, *inputs: Any) -> Tensor:
+        output = weights.view_as(weights)
+        _setup_context(ctx, (weights, *inputs), output)
+        ctx.log_events = log_events
         return output
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx: Any, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
+        _count(ctx)
+        return (None, d_weights, _d_losses(ctx, 2), *[None] * 7)
 
 
 def attach_losses(
@@ -103,6 +125,7 @@ def attach_losses(
     *,
     log_values: Tensor | None = None,
     log_sums: Tensor | None = None,
+    log_events: Tensor | None = None,
     aux_counts: Tensor | None = None,
     aux_history: Tensor | None = None,
 ) -> Tensor:
@@ -113,7 +136,8 @@ def attach_losses(
         losses: floating `[n]`, each already multiplied by its coefficient; None for none.
         scale: 0-d fp32; gradient given to every loss (loss scaling, accumulation).
         counts: integer `[E]`, added to `tokens_per_expert`, an int64 `[E]` buffer. None counts nothing.
-        log_values: any tensor, added to `log_sums`, a buffer of its shape and dtype kind (sums to log).
+        log_values: fp32, added to `log_sums`, an fp32 buffer (sums to log): to all of it, or with `log_events` (int32;
+            eager only) to its first entries, and the events to the rest.
         aux_counts: integer `[1, E]`, added to `aux_history`, what the `global` auxiliary loss remembers.
 
     Raises:
@@ -128,7 +152,8 @@ def attach_losses(
         raise ValueError(f"losses must be [n], got shape {tuple(losses.shape)}; stack 0-d losses with torch.stack")
     _check_counter("tokens_per_expert", tokens_per_expert, counts, integer=True)
     _check_counter("aux_history", aux_history, aux_counts, integer=True)
-    _check_counter("log_sums", log_sums, log_values, integer=False)
+    if log_events is None:
+        _check_counter("log_sums", log_sums, log_values, integer=False)
     if not torch.is_grad_enabled():
         return weights_TK
     if log_values is not None:
@@ -136,7 +161,7 @@ def attach_losses(
     inputs = (weights_TK, losses, scale, counts, tokens_per_expert, log_values, log_sums, aux_counts, aux_history)
     if torch.compiler.is_compiling():
         return torch.ops.moe_layer.attach_losses(*inputs)
-    return _EagerDoor.apply(*inputs)
+    return _EagerDoor.apply(log_events, *inputs)
 
 
 def _check_counter(name: str, counter: Tensor | None, values: Tensor | None, *, integer: bool) -> None:

@@ -165,3 +165,83 @@ def test_recompute_h_changes_no_bit(backend):
     x, upstream = torch.randn(2, 257, D, device="cuda").bfloat16()
     for a, b in zip(step(saved, x, upstream), step(again, x, upstream), strict=True):
         assert torch.equal(a, b)
+
+
+def kernels(function) -> list[str]:
+    """Names of the kernels, copies and fills that `function` launches."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        function()
+        torch.cuda.synchronize()
+    return [e.name for e in found.events() if e.device_type == DeviceType.CUDA]
+
+
+@pytest.mark.skipif("quack" not in backends(), reason="needs QuACK on a Hopper GPU")
+def test_launches_around_the_six_gemms():
+    layer = make("quack", losses=LossesConfig())
+    x = torch.randn(512, D, device="cuda").bfloat16().requires_grad_()
+    upstream = torch.randn(512, D, device="cuda").bfloat16()
+
+    def backward():
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+        layer(x).backward(upstream)
+
+    backward()
+    forward_only = kernels(lambda: layer(x))
+    both = kernels(backward)
+    gemms = [name for name in both if "quack" in name or "GemmSm90" in name]
+    assert len(gemms) == 6, both
+    assert len(forward_only) - 2 <= 8, forward_only
+    assert len(both) - len(forward_only) - 4 <= 10, both
+
+
+def test_gate_gradient_is_added_by_its_gemm():
+    """dx with and without the late product: the same sum, rounded once less."""
+    backend = backends()[0]
+    layer = make(backend)
+    x, upstream = torch.randn(2, 300, D, device="cuda").bfloat16()
+    late = step(layer, x, upstream)
+    plain_logits = layer.router.logits
+    layer.router.logits = lambda x_TD, late=None: plain_logits(x_TD)
+    plain = step(layer, x, upstream)
+    assert relative(late[1], plain[1]) < 5e-3
+    for a, b in zip(late[2:], plain[2:], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif("quack" not in backends(), reason="needs QuACK on a Hopper GPU")
+@pytest.mark.parametrize("by_load", [False, True])
+def test_both_ways_of_adding_to_main_grad(by_load, monkeypatch):
+    from moe_layer.experts import tiles
+
+    layer, plain = make("quack"), make("quack")
+    plain.load_state_dict(layer.state_dict())
+    x, upstream = torch.randn(2, 400, D, device="cuda").bfloat16()
+    want = step(plain, x, upstream)
+    choose = tiles.choose_tiles
+    monkeypatch.setattr(quack, "choose_tiles", lambda **k: choose(**k)._replace(add_by_load=by_load))
+    for parameter in (layer.experts.gate_up_proj, layer.experts.down_proj):
+        parameter.main_grad = torch.ones(parameter.shape, device="cuda")
+    for _ in range(2):
+        layer(x).backward(upstream)
+    names = [name for name, _ in plain.named_parameters()]
+    for name in ("experts.gate_up_proj", "experts.down_proj"):
+        got = (layer.get_parameter(name).main_grad - 1) / 2
+        assert relative(got, want[2 + names.index(name)]) < 5e-3
+
+
+@pytest.mark.skipif("quack" not in backends(), reason="needs QuACK on a Hopper GPU")
+def test_counters_in_one_launch_match_the_reference():
+    layer, loop = make("quack"), make("reference")
+    loop.load_state_dict(layer.state_dict())
+    x, upstream = torch.randn(2, 300, D, device="cuda").bfloat16()
+    for _ in range(3):
+        step(layer, x, upstream)
+        step(loop, x, upstream)
+    fast, slow = layer.collect_stats(), loop.collect_stats()
+    assert torch.equal(fast["load"], slow["load"]) and int(fast["load"].sum()) == 3 * 300 * K
+    for name in ("micro_batches", "tokens", "dropped"):
+        assert torch.equal(fast[name], slow[name])

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_layer.losses import load_balancing_loss, z_loss
 from moe_layer.ops.attach_losses import attach_losses
+from moe_layer.ops.count_pass import count_pass
 from moe_layer.ops.route_topk import route_topk
 
 
@@ -142,3 +143,23 @@ def test_bad_arguments(kind: type[Exception], message: str, change: dict[str, Te
     }
     with pytest.raises(kind, match=message):
         attach_losses(torch.randn(3, 2), **(arguments | change))
+
+
+def test_count_pass_adds_each_pair_and_skips_absent_ones() -> None:
+    load, history, sums = torch.arange(4), torch.ones(4, dtype=torch.int64), torch.arange(6.0)
+    counts = torch.tensor([1, 2, 3, 4], dtype=torch.int32)
+    events = torch.tensor([10, 20, 30, 40, 50, 60, 0, 0], dtype=torch.int32)
+    count_pass(
+        tokens_per_expert=load,
+        counts=counts,
+        log_sums=sums,
+        log_values=torch.tensor([0.5, 1.5]),
+        log_events=events,
+        aux_history=history,
+        aux_counts=None,
+    )
+    assert load.tolist() == [1, 3, 5, 7] and history.tolist() == [1, 1, 1, 1]
+    assert sums.tolist() == [0.5, 2.5, 12.0, 23.0, 34.0, 45.0]
+    arguments = (load, counts, sums, torch.zeros(2), events, history, counts.view(1, 4))
+    torch.library.opcheck(torch.ops.moe_layer.count_pass_.default, arguments)
+    torch.library.opcheck(torch.ops.moe_layer.count_pass_.default, (load, counts, *[None] * 5))
