@@ -59,14 +59,24 @@ __device__ __forceinline__ float stage_slots(
     if (p.weight_rule == kOverChosen || p.weight_rule == kPreSoftmax) values[slot] = y;
   }
   sum = row_sum<L>(sum), dot = row_sum<L>(dot);
+  float rest =
+      0.0f;  // what the K gradients of a softmax over the chosen add up to: 0 but for rounding, see softmax_backward
+  if (p.weight_rule == kOverChosen) {
+    const float inverse_sum = sum == 0.0f ? 0.0f : 1.0f / sum, mean = dot * inverse_sum;
+    for (int slot = at.gl; slot < p.top_k; slot += L) {
+      values[slot] *= inverse_sum;
+      grads[slot] = values[slot] * (grads[slot] - mean);
+      rest += grads[slot];
+    }
+    rest = row_sum<L>(rest);
+  }
   for (int slot = at.gl; slot < p.top_k; slot += L) {
     const int id = at.live ? ids[slot] : -1;
     if (id < 0) continue;
     const float g = grads[slot];
     float out;
     if (p.weight_rule == kOverChosen) {
-      const float w = values[slot] / sum;
-      out = w * (g - dot / sum);
+      out = fmaf(-values[slot], rest, g);
     } else if (p.weight_rule == kPreSoftmax) {
       out = g * values[slot];
     } else {
@@ -117,38 +127,45 @@ __device__ __forceinline__ void softmax_sums(const float (&x)[C * 8], float (&e)
 #pragma unroll
   for (int i = 1; i < C * 8; ++i) top = fmaxf(top, x[i]);
   s.max = row_max<L>(top);
-  const float offset = s.max * kLog2e;  // a common factor of the row; lse takes the very same number back
 #pragma unroll
   for (int i = 0; i < C * 8; ++i) {
-    e[i] = exp2_fast(fmaf(x[i], kLog2e, -offset));
+    e[i] = exp_above_fast(x[i], s.max);
     sum[i % 4] += e[i];
   }
   const float total = row_sum<L>((sum[0] + sum[1]) + (sum[2] + sum[3]));
   s.inverse = reciprocal(total);
-  s.lse = fmaf(offset, kLn2, logf(total));
+  s.lse = s.max + logf(total);
 }
 
-// d logits through softmax scores and z, in place of exp(x - max). `through` is what "pre" weights subtract from every expert.
+// d logits through softmax scores and z, in place of exp(x - max); with "pre" weights including `stage`, what the row's slots
+// sent, from which `through` times p is subtracted. Apart from z these gradients add up to 0, but in a saturated row only up to
+// rounding; what is left goes back in proportion to p (softmax_backward in route_topk_ref.py).
 template <int L, int C>
 __device__ __forceinline__ void dense_softmax(
-    const Backward& p, const Row& at, const RowSums& s, bool scores, float through, float (&e)[C * 8]) {
+    const Backward& p, const Row& at, const RowSums& s, bool scores, bool staged, float through, const float* stage,
+    float (&e)[C * 8]) {
   const float z = p.d_z.data != nullptr ? 2.0f * load_float(p.d_z, 0) * s.lse : 0.0f;
-  if (!scores) {
 #pragma unroll
-    for (int i = 0; i < C * 8; ++i) e[i] = e[i] * s.inverse * (z - through);
+  for (int i = 0; i < C * 8; ++i) e[i] *= s.inverse;
+  if (!scores && !staged) {
+#pragma unroll
+    for (int i = 0; i < C * 8; ++i) e[i] *= z;
     return;
   }
-  float g[C * 8];
+  float g[C * 8], dot[2] = {0.0f, 0.0f}, sum[2] = {0.0f, 0.0f};
   score_gradient<L, C>(p, at, g);
-  float dot[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (int i = 0; i < C * 8; ++i) dot[i % 2] = fmaf(g[i], e[i], dot[i % 2]);
+  const float shift = row_sum<L>(dot[0] + dot[1]) + through;
 #pragma unroll
   for (int i = 0; i < C * 8; ++i) {
-    e[i] *= s.inverse;
-    dot[i % 2] = fmaf(g[i], e[i], dot[i % 2]);
+    g[i] = e[i] * (g[i] - shift);
+    if (staged) g[i] += stage[8 * ((i / 8) * L + at.gl) + i % 8];
+    sum[i % 2] += g[i];
   }
-  const float shift = row_sum<L>(dot[0] + dot[1]);
+  const float rest = row_sum<L>(sum[0] + sum[1]);
 #pragma unroll
-  for (int i = 0; i < C * 8; ++i) e[i] *= (g[i] - shift) + (z - through);
+  for (int i = 0; i < C * 8; ++i) e[i] = fmaf(e[i], z - rest, g[i]);
 }
 
 // The same for sigmoid and sqrtsoftplus scores, in place of the logits.
@@ -217,10 +234,11 @@ __global__ void __launch_bounds__(
     }
     __syncwarp();
     if constexpr (KIND == kDenseSoftmax) softmax_sums<L, C>(x, x, s);
+    const bool staged = KIND == kDenseSoftmax && slots && p.weight_rule == kPreSoftmax;
     const float through = slots ? stage_slots<L>(p, at, s.max, s.inverse, values, stage) : 0.0f;
-    if constexpr (KIND == kDenseSoftmax) dense_softmax<L, C>(p, at, s, scores, through, x);
-    if constexpr (KIND == kDenseScore) dense_score<L, C>(p, at, scores, x);
     __syncwarp();
+    if constexpr (KIND == kDenseSoftmax) dense_softmax<L, C>(p, at, s, scores, staged, through, stage, x);
+    if constexpr (KIND == kDenseScore) dense_score<L, C>(p, at, scores, x);
 #pragma unroll
     for (int c = 0; c < C; ++c) {
       const int first = 8 * (c * L + at.gl);
@@ -229,7 +247,7 @@ __global__ void __launch_bounds__(
       float out[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
       if constexpr (KIND != kSparse) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j) out[j] += at.live ? x[8 * c + j] : 0.0f;
+        for (int j = 0; j < 8; ++j) out[j] = at.live ? (staged ? 0.0f : out[j]) + x[8 * c + j] : 0.0f;
       }
       if (!at.inside || first >= p.experts) continue;
       if (p.vector) {

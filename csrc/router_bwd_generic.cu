@@ -55,18 +55,29 @@ __global__ void __launch_bounds__(kGenericThreads) backward_generic_kernel(const
         dot += static_cast<double>(gradient(s, id)) * y;
       }
       total = block_sum(total), dot = block_sum(dot);
+      double rest =
+          0.0;  // what the K gradients add up to: 0 but for rounding, see softmax_backward in route_topk_ref.py
       for (int s = threadIdx.x; s < p.top_k; s += kGenericThreads) {
         const int id = p.ids[at + s];
         if (id < 0) continue;
         const A x = load_as<A>(p.logits, start + id), y = value(x), g = gradient(s, id);
         if (p.weight_rule == kOverChosen) {
           stage[id] = y / static_cast<A>(total) * (g - static_cast<A>(dot / total));
+          rest += stage[id];
         } else if (p.weight_rule == kPreSoftmax) {
           stage[id] = g * y;
         } else {
           const double norm = total + 1e-20;
           const A u = p.weight_rule == kScoreNormalised ? static_cast<A>(g / norm - dot / (norm * norm)) : g;
           stage[id] = u * score_slope(x, y, p.score);
+        }
+      }
+      if (p.weight_rule == kOverChosen) {
+        rest = block_sum(rest);
+        for (int s = threadIdx.x; s < p.top_k; s += kGenericThreads) {
+          const int id = p.ids[at + s];
+          if (id >= 0)
+            stage[id] -= value(load_as<A>(p.logits, start + id)) / static_cast<A>(total) * static_cast<A>(rest);
         }
       }
       if (p.weight_rule == kPreSoftmax) through = dot;
@@ -87,18 +98,33 @@ __global__ void __launch_bounds__(kGenericThreads) backward_generic_kernel(const
       total = block_sum(total) + 1e-20, dot = block_sum(dot);
     }
     const double z = p.d_z.data != nullptr ? 2.0 * load_as<A>(p.d_z, 0) * (max + log(sum)) : 0.0;
+    // With softmax scores or "pre" weights the gradients over all E add up to 0 but for rounding, which goes back likewise.
+    const bool whole = live && p.dense && p.score == kSoftmax;
+    const bool staged = whole && slots && p.weight_rule == kPreSoftmax;
+    auto through_softmax = [&](int e, A probability_e) -> A {
+      return probability_e * static_cast<A>((scores ? score_gradient(e) : A(0)) - dot - through) +
+             (staged ? stage[e] : A(0));
+    };
+    __syncthreads();  // the slots are staged
+    double rest = 0.0;
+    if (whole && (scores || staged)) {
+      for (int e = threadIdx.x; e < p.experts; e += kGenericThreads)
+        rest += through_softmax(e, probability(load_as<A>(p.logits, start + e)));
+      rest = block_sum(rest);
+    }
     __syncthreads();
     for (int e = threadIdx.x; e < p.experts; e += kGenericThreads) {
-      A out = stage[e];
+      A out = staged ? A(0) : stage[e];
       if (live && p.dense) {
         const A x = load_as<A>(p.logits, start + e);
-        const A g = scores ? score_gradient(e) : A(0);
         if (p.score == kSoftmax) {
-          out += probability(x) * static_cast<A>(g - dot - through + z);
+          const A p_e = probability(x);
+          out += through_softmax(e, p_e) + p_e * static_cast<A>(z - rest);
         } else {
           if (p.d_z.data != nullptr) out += probability(x) * static_cast<A>(z);
           const A y = score_of(x, p.score);
-          if (scores) out += static_cast<A>(g / total - dot / (total * total)) * score_slope(x, y, p.score);
+          if (scores)
+            out += static_cast<A>(score_gradient(e) / total - dot / (total * total)) * score_slope(x, y, p.score);
         }
       }
       store_as<A>(p.d_logits, p.logits.kind, start + e, live ? out : A(0));

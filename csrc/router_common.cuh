@@ -23,7 +23,6 @@ constexpr float kEps = 1e-20f;
 constexpr float kBrokenKey = -1e30f;  // what a group's sum counts for a key that is not finite (route_topk_ref.py)
 constexpr float kPad = -3.0e38f;      // an expert that does not exist: finite, exp and score 0
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 constexpr unsigned long long kPoison = 1ull
                                        << 63;  // a NaN among the addends of a fixed-point sum; sums stay below 2^62
 
@@ -212,6 +211,9 @@ __device__ __forceinline__ float exp2_fast(float v) {
   return out;
 }
 
+// exp(x - max) for x up to max. The difference is taken first: x * log2(e) - max * log2(e) would be off by 2^16 for logits of 1e12.
+__device__ __forceinline__ float exp_above_fast(float x, float max) { return exp2_fast((x - max) * kLog2e); }
+
 __device__ __forceinline__ float reciprocal(float v) {
   float out;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
@@ -333,7 +335,8 @@ struct Forward {
   double* z_parts;           // [blocks]
   unsigned* ticket;
   double sum_scale, sum_unscale;
-  int warp_words;                  // shared memory of one warp, in 4-byte words
+  uint32_t* part;               // [blocks, part_words]: what the lean kernel's blocks counted and summed, see PartRow
+  int warp_words, block_words;  // shared memory of one warp, and of all warps of a block, in 4-byte words
   int64_t tiles_each, tiles_rest;  // tiles of a block; blocks below tiles_rest take one more
 };
 
@@ -366,11 +369,37 @@ inline void cut_tiles(Forward& p, int64_t tiles, int blocks) {
   p.tiles_each = tiles / blocks, p.tiles_rest = tiles % blocks;
 }
 
+// A row of Forward::part: what one block of the lean kernel adds to the call's counts and sums (router_finish.cu).
+struct PartRow {
+  int32_t *counts, *aux_counts;  // [E]; aux_counts only if they are not the counts
+  float* score_sum;              // [E]
+  int32_t* events;               // [6]
+  double* z;
+};
+
+__host__ __device__ inline int part_words(const Forward& p) { return p.experts * (p.live_apart ? 3 : 2) + 10; }
+
+__device__ __forceinline__ PartRow part_row(const Forward& p, int block) {
+  int32_t* counts = reinterpret_cast<int32_t*>(p.part) + static_cast<int64_t>(block) * part_words(p);
+  int32_t* aux_counts = counts + (p.live_apart ? p.experts : 0);
+  float* score_sum = reinterpret_cast<float*>(aux_counts + p.experts);
+  int32_t* events = reinterpret_cast<int32_t*>(score_sum + p.experts);
+  return {counts, aux_counts, score_sum, events, reinterpret_cast<double*>(events + 8)};
+}
+
+// What the lean kernel serves: a training step's outputs, live or replayed.
+inline bool lean_fits(const Forward& p, bool keyed) {
+  const bool score = p.score == kSigmoid || (p.score == kSoftmax && !keyed);
+  return p.vector && p.experts <= 512 && p.top_k <= 16 && score && p.cu_seqlens.data == nullptr && p.probs == nullptr &&
+         p.scores == nullptr && p.map_format == kNoMap && (p.groups == 0 || p.group_chunked);
+}
+
 // Host launchers, one file each so that they compile in parallel. `blocks` is the size of the grid.
 void launch_forward_plain(const Forward& args, int blocks, cudaStream_t stream, bool overlap);
 void launch_forward_keyed(const Forward& args, int blocks, cudaStream_t stream, bool overlap);
-bool launch_lean_plain(const Forward& args, int sms, cudaStream_t stream, bool overlap);  // false: not a case for it
-bool launch_lean_keyed(const Forward& args, int sms, cudaStream_t stream, bool overlap);
+void launch_lean_plain(const Forward& args, int sms, cudaStream_t stream);
+void launch_lean_keyed(const Forward& args, int sms, cudaStream_t stream);
+void launch_finish(const Forward& args, int parts, cudaStream_t stream, bool overlap);
 void launch_forward_generic(const Forward& args, int blocks, cudaStream_t stream);
 void launch_backward_rows(const Backward& args, int sms, cudaStream_t stream);
 void launch_backward_generic(const Backward& args, int blocks, cudaStream_t stream);
@@ -386,5 +415,11 @@ constexpr int kMaxExperts = 8192;
 // Lanes of a row: 16 experts a lane, 32 above 512 experts.
 inline int lanes_for(int experts) { return experts <= 64 ? 4 : experts <= 128 ? 8 : experts <= 256 ? 16 : 32; }
 inline int bucket_for(int experts) { return experts > 512 ? 1024 : lanes_for(experts) * 16; }
+
+// Blocks of the lean kernel, and rows of Forward::part: no block without a row that its lanes can share.
+inline int lean_blocks(const Forward& p, int sms) {
+  const int64_t needed = ceil_div<int64_t>(p.tokens, 8);
+  return static_cast<int>(needed < sms ? needed : sms);
+}
 
 }  // namespace moe_layer::router

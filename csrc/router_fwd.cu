@@ -1,7 +1,8 @@
 // moe_layer::route_topk on CUDA: checks, outputs, workspace, and the choice between the fast and the general kernel.
 //
-// A call is two launches: a tiny kernel that zeroes the counters, and the router, which starts beside it on sm_90 and later
-// (programmatic dependent launch) and waits for the zeros only where it first adds to them, at the end of its rows.
+// A call is two launches. Of a training step: the lean router and router_finish.cu, which adds up what its blocks counted. With
+// sequences, dense outputs or uncommon sizes: a tiny kernel that zeroes the counters, and the router that adds to them. On sm_90
+// and later the second kernel is launched beside the first (programmatic dependent launch) and waits for it on the device.
 
 #include "router_common.cuh"
 
@@ -206,12 +207,16 @@ Outputs route_topk(
                : p.map_format == kBitmap ? new_empty(logits, {T, (E + 7) / 8}, map_type)
                                          : new_empty(logits, {T, E}, map_type);
 
-  // Workspace: ticket (16 bytes), fixed-point sums, both zeroed, then one double per block, always written before it is read.
+  // Workspace: of the lean kernel a row for every block; else ticket (16 bytes) and fixed-point sums, both zeroed, then one double
+  // a block, always written before it is read.
   const int device = logits.get_device_index();
   const int sms = sm_count(device);
+  const bool lean = T > 0 && lean_fits(p, keyed);
   const int64_t sum_bytes = 16 + aux_rows * E * 8;
-  Tensor workspace = scratch_bytes(logits, sum_bytes + 8ll * sms * 2);
+  const int64_t part_bytes = 4ll * part_words(p) * lean_blocks(p, sms);
+  Tensor workspace = scratch_bytes(logits, lean ? part_bytes : sum_bytes + 8ll * sms * 2);
   char* base = static_cast<char*>(workspace.mutable_data_ptr());
+  p.part = reinterpret_cast<uint32_t*>(base);
   p.ticket = reinterpret_cast<unsigned*>(base);
   p.sums = reinterpret_cast<unsigned long long*>(base + 16);
   p.z_parts = reinterpret_cast<double*>(base + sum_bytes);
@@ -226,6 +231,14 @@ Outputs route_topk(
   p.score_sum = score_sum.mutable_data_ptr(), p.z_sum = z_sum.mutable_data_ptr();
 
   const cudaStream_t stream = current_stream(logits);
+  int major = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  const bool overlap = major >= 9;
+  if (lean) {
+    (keyed ? launch_lean_keyed : launch_lean_plain)(p, sms, stream);
+    launch_finish(p, lean_blocks(p, sms), stream, overlap);
+    return {weights, ids, counts, aux, score_sum, z_sum, events, probs, scores, map};
+  }
   ZeroRegions zero = {
       {reinterpret_cast<uint32_t*>(p.counts), reinterpret_cast<uint32_t*>(p.aux_counts),
        reinterpret_cast<uint32_t*>(p.events), reinterpret_cast<uint32_t*>(base)},
@@ -240,14 +253,12 @@ Outputs route_topk(
     const int64_t zero_blocks = ceil_div<int64_t>(zero_words, kZeroThreads * 2);
     zero_kernel<<<static_cast<int>(zero_blocks < sms ? zero_blocks : sms), kZeroThreads, 0, stream>>>(zero);
     MOE_LAUNCH_CHECK();
-    int major = 0;
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     if (p.logits.kind == kF64 || E > kMaxFastExperts || top_k > kMaxFastK) {
       launch_forward_generic(p, static_cast<int>(T < 2 * sms ? T : 2 * sms), stream);
-    } else if (top_k > 16 || !(keyed ? launch_lean_keyed : launch_lean_plain)(p, sms, stream, major >= 9)) {
+    } else {
       const int64_t tiles = ceil_div<int64_t>(T, kWarp / lanes_for(p.experts));
       const int blocks = static_cast<int>(tiles < sms ? tiles : sms);
-      (keyed ? launch_forward_keyed : launch_forward_plain)(p, blocks, stream, major >= 9);
+      (keyed ? launch_forward_keyed : launch_forward_plain)(p, blocks, stream, overlap);
     }
   }
   return {weights, ids, counts, aux, score_sum, z_sum, events, probs, scores, map};

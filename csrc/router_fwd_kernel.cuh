@@ -111,11 +111,10 @@ __device__ __forceinline__ uint32_t bad_bits(const float (&x)[N]) {
   return bits;
 }
 
-// exp(x - max), its argument's rounding error kept small. In the fast form the offset is a factor common to the whole row.
+// exp(x - max).
 template <bool KEYED>
 __device__ __forceinline__ float exp_above(float x, float max) {
-  if constexpr (KEYED) return expf(x - max);  // keys must agree with the CPU's within a few ulp
-  return exp2_fast(fmaf(x, kLog2e, -(max * kLog2e)));
+  return KEYED ? expf(x - max) : exp_above_fast(x, max);  // keys must agree with the CPU's within a few ulp
 }
 
 template <int L, int C, bool KEYED>
@@ -133,8 +132,7 @@ __device__ __forceinline__ void softmax_stats(const Forward& p, bool keep, float
   }
   const float total = row_sum<L>((sum[0] + sum[1]) + (sum[2] + sum[3]));
   s.inverse = KEYED ? 1.0f / total : reciprocal(total);  // as in the lean kernel, whose keys are logits
-  // The fast form used offset / log2(e) in place of max; the same number must be added back.
-  s.lse = is_finite(s.max) ? (KEYED ? s.max : (s.max * kLog2e) * kLn2) + logf(total) : s.max;
+  s.lse = is_finite(s.max) ? s.max + logf(total) : s.max;
 }
 
 // Keys of "pre" softmax in a row with inf or NaN: the softmax runs over the finite logits, the others are left out.

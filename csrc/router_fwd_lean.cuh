@@ -1,15 +1,46 @@
 // The lean forward kernel: what a training step asks for, and nothing else, in little code.
 //
-// router_fwd_body.cuh serves every option, in 120 to 220 KiB of instructions; on an H200 it issued in 31% of the cycles, with 16
-// warps an SM. This kernel takes aligned rows of at most 512 experts, softmax or sigmoid, K <= 16, one sequence, no replay, no
-// dense outputs, and leaves near ties to calls out of line: E 256 grouped 38 us instead of 88, E 512 31 instead of 52 (bf16).
-// A warp selects for 32/L rows at a time into shared memory; then one lane a (row, slot) weighs them, 32/W rows at a time with
-// W = the power of two that holds K, so that neither half wastes lanes on the other's shape.
+// router_fwd_body.cuh serves every option, in 120 to 220 KiB of instructions, and waits for them: on an H200 it issued in 31% of
+// the cycles. This kernel takes aligned rows of at most 512 experts, softmax or sigmoid, K <= 16, one sequence, live or replayed
+// ids, no dense outputs. A warp selects for 32/L rows at a time into shared memory; then one lane a (row, slot) weighs them.
+//
+// Every block writes its own counts, sums and events with plain stores; router_finish.cu, launched beside this kernel, adds them
+// up. So nothing has to be zeroed before, and no block waits for another one.
 #pragma once
 
 #include "router_lean_parts.cuh"
 
 namespace moe_layer::router {
+
+// The warps' sums of scores, added over the block's rows in a fixed order, to part[E] in global memory.
+template <int L, int C>
+__device__ __forceinline__ void store_score_sums(
+    const Forward& p, const float (&sums)[C * 8], float* terms, float* target) {
+  constexpr int kBucket = Layout<L, C>::kBucket, kTerms = kLeanThreads / L, kRuns = kLeanThreads / kBucket;
+  const int lane = threadIdx.x % kWarp, gl = lane % L, term = threadIdx.x / L;
+  float4* mine = reinterpret_cast<float4*>(terms + term * kBucket);
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    const int at = Layout<L, C>::first(c, gl) / 4;
+    mine[at] = make_float4(sums[8 * c], sums[8 * c + 1], sums[8 * c + 2], sums[8 * c + 3]);
+    mine[at + 1] = make_float4(sums[8 * c + 4], sums[8 * c + 5], sums[8 * c + 6], sums[8 * c + 7]);
+  }
+  __syncthreads();
+  const int e = threadIdx.x % kBucket, run = threadIdx.x / kBucket;
+  float total = 0.0f;
+  if (run < kRuns) {
+#pragma unroll 8
+    for (int t = run; t < kTerms; t += kRuns) total += terms[t * kBucket + e];
+  }
+  float* totals = terms + kTerms * kBucket;
+  totals[threadIdx.x] = total;
+  __syncthreads();
+  if (threadIdx.x >= p.experts) return;
+  total = totals[threadIdx.x];
+#pragma unroll 1
+  for (int r = 1; r < kRuns; ++r) total += totals[r * kBucket + threadIdx.x];
+  target[threadIdx.x] = total;
+}
 
 template <int L, int C, int MODE>
 __global__ void __launch_bounds__(kLeanThreads, 1)
@@ -21,19 +52,21 @@ __global__ void __launch_bounds__(kLeanThreads, 1)
   __shared__ double z_warp[kWarps];
   __shared__ int events[6];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, gl = lane % L, group = lane / L;
-  int32_t* hist = shared;
+  // The buffer comes first, for it is read in 16-byte words.
+  int32_t* hist = shared + p.block_words;
   int32_t* hist_aux = p.live_apart ? hist + p.experts : hist;
-  float* bias = reinterpret_cast<float*>(hist + (p.live_apart ? 2 : 1) * p.experts);
-  int32_t* buffer = reinterpret_cast<int32_t*>(bias + (kKeyed ? Lay::kBucket : 0));
-  int* ids = buffer + warp * lean_words(shape, p.groups, p.live_apart);
-  int* scratch = ids + shape.rows * shape.stride;  // [rows, 2 * stride]
-  int* unbiased = scratch + shape.rows * shape.stride * 2;
-  float* total = reinterpret_cast<float*>(unbiased + (p.live_apart ? shape.rows * shape.stride : 0));
+  float* bias = reinterpret_cast<float*>(hist_aux + p.experts);
+  const int list = shape.rows * p.top_k;
+  uint32_t* chosen = reinterpret_cast<uint32_t*>(shared + warp * p.warp_words);
+  uint32_t* unbiased = kKeyed && p.live_apart ? chosen + list : chosen;
+  int* forced = reinterpret_cast<int*>(unbiased + list);
+  float* total = reinterpret_cast<float*>(forced + (p.replay.data != nullptr ? list : 0));
   int* kept = reinterpret_cast<int*>(total + shape.rows * p.groups);
-  float* stats = reinterpret_cast<float*>(kept + shape.rows * (p.groups + 2));  // [rows, 2] softmax of "pre" weights
-  int* counts =
-      kept + shape.rows * p.groups;  // [2, rows] candidates of nearly tied rows: selection, unbiased selection
+  float* stats = reinterpret_cast<float*>(kept + shape.rows * p.groups);  // [rows, 2] softmax of "pre" weights
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();  // router_finish.cu may get ready
+#endif
   for (int e = threadIdx.x; e < p.experts; e += kLeanThreads) hist[e] = 0, hist_aux[e] = 0;
   if (threadIdx.x < 6) events[threadIdx.x] = 0;
   if constexpr (kKeyed) {
@@ -47,11 +80,17 @@ __global__ void __launch_bounds__(kLeanThreads, 1)
 #pragma unroll
   for (int i = 0; i < C * 8; ++i) sums[i] = 0.0f;
   double z = 0.0;
-  const bool pads = p.experts < Lay::kBucket;
+  Replayed replayed;
+  const bool whole = kKeyed || p.logits.kind == kF32;
   const auto [begin, end] = tiles_of_block(p);
   for (int64_t tile = begin + warp; tile < end; tile += kWarps) {
     const int64_t first_row = tile * shape.rows;
-    bool near = false, near_unbiased = false;
+    // With forced ids the selection serves the slots that are missing, and without bias and groups the aux loss.
+    bool fill = true, wanted = true;
+    if (p.replay.data != nullptr) {
+      fill = read_forced(p, shape, first_row, forced, replayed, events);
+      wanted = fill || (!kKeyed && p.live_apart);
+    }
     for (int step = 0; step < shape.rows; step += Lay::kRows) {
       const int at = step + group;
       const int64_t row = first_row + at;
@@ -60,9 +99,9 @@ __global__ void __launch_bounds__(kLeanThreads, 1)
       load_aligned<L, C>(p.logits, row, live, p.experts, gl, kPad, x);
       const uint32_t bad = bad_bits(x);
       const unsigned bad_lanes = __ballot_sync(kFull, bad != 0);
-      bool row_nan = false, row_bad = false;
+      bool row_nan = false;
       if (bad_lanes != 0) {
-        row_bad = (bad_lanes >> (group * L) & (L == 32 ? kFull : (1u << L) - 1u)) != 0;
+        const bool row_bad = (bad_lanes >> (group * L) & (L == 32 ? kFull : (1u << L) - 1u)) != 0;
         count_event(events, 5, row_bad && gl == 0);
         bool nan = false;
 #pragma unroll
@@ -74,8 +113,7 @@ __global__ void __launch_bounds__(kLeanThreads, 1)
       }
 
       uint32_t v[C * 8];
-      int* row_ids = ids + at * shape.stride;
-      if constexpr (!kKeyed) pack_logits_lean<L, C>(p, x, bad, pads, gl, v);
+      if (!kKeyed && wanted) pack_logits_lean<L, C>(p, x, bad, gl, v);
       RowStats s;
       scores_in_place_lean<L, C, kSoft>(p, x, s);
       if (p.aux != kNoAux && live) {
@@ -84,150 +122,126 @@ __global__ void __launch_bounds__(kLeanThreads, 1)
       }
       if (row_nan) s.lse = NAN;
       if (p.want_z && live && gl == 0) z += static_cast<double>(s.lse * s.lse);
-      if (kSoft && p.weight_rule == kPreSoftmax && gl == 0) {
-        stats[2 * at] = s.max, stats[2 * at + 1] = s.inverse;
-      }
-
-      if constexpr (kKeyed) {
+      if (kSoft && p.weight_rule == kPreSoftmax && gl == 0) stats[2 * at] = s.max, stats[2 * at + 1] = s.inverse;
+      if (kKeyed && wanted) {
+        const float4* bias4 = reinterpret_cast<const float4*>(bias);
 #pragma unroll
-        for (int i = 0; i < C * 8; ++i) x[i] += bias[Lay::expert(i, gl)];
+        for (int q = 0; q < C * 2; ++q) {
+          const float4 b = bias4[Lay::first(q / 2, gl) / 4 + q % 2];
+          x[4 * q] += b.x, x[4 * q + 1] += b.y, x[4 * q + 2] += b.z, x[4 * q + 3] += b.w;
+        }
         const GroupMemory memory = {total + at * p.groups, kept + at * p.groups, nullptr};
         pack_keys_lean<L, C>(p, x, bad, gl, memory, v);
       }
-      const int count = select_rows<L, C>(p, v, kKeyed || p.logits.kind == kF32, true, live, gl, row_ids);
-      if (gl == 0) counts[at] = count;
-      near |= count > 0;
-      if (kKeyed && p.live_apart) {
-        // Loaded again, from L1: 16 registers held through the selection above would cost warps.
-        load_aligned<L, C>(p.logits, row, live, p.experts, gl, kPad, x);
-        pack_logits_lean<L, C>(p, x, bad, pads, gl, v);
-        int* row_unbiased = unbiased + at * shape.stride;
-        const int count_unbiased = select_rows<L, C>(p, v, p.logits.kind == kF32, false, live, gl, row_unbiased);
-        if (gl == 0) counts[shape.rows + at] = count_unbiased;
-        near_unbiased |= count_unbiased > 0;
+
+      // Once for the ids, and under bias or groups once more for the experts that the aux loss counts. A loop, because twice the
+      // code is twice the instructions to fetch.
+      bool first = wanted, second = kKeyed && p.live_apart;
+#pragma unroll 1
+      while (first || second) {
+        uint32_t* list_of_row = (first ? chosen : unbiased) + at * p.top_k;
+        if (!first) {  // loaded again, from L1: 16 registers held through the selection above would cost warps
+          second = false;
+          load_aligned<L, C>(p.logits, row, live, p.experts, gl, kPad, x);
+          pack_logits_lean<L, C>(p, x, bad, gl, v);
+        }
+        first = false;
+        select_rows<L, C>(v, p.top_k, gl, list_of_row);
       }
     }
     __syncwarp();
-    if (__any_sync(kFull, near)) refine_rows<L, kKeyed>(&p, first_row, shape.rows, bias, kept, counts, ids, scratch);
-    if (kKeyed && __any_sync(kFull, near_unbiased)) {
-      refine_rows<L, false>(&p, first_row, shape.rows, nullptr, nullptr, counts + shape.rows, unbiased, scratch);
+    if (whole && wanted) settle_rows<L, C, kKeyed>(p, first_row, shape.rows, bias, kept, chosen);
+    if (kKeyed && p.live_apart && p.logits.kind == kF32) {
+      settle_rows<L, C, false>(p, first_row, shape.rows, nullptr, nullptr, unbiased);
     }
 
     // ---- weights: one lane a (row, slot)
-    const int slot = lane % shape.slot_lanes, per_pass = kWarp / shape.slot_lanes;
-    for (int first = 0; first < shape.rows; first += per_pass) {
-      const int at = first + lane / shape.slot_lanes;
-      const int64_t row = first_row + at;
-      const bool inside = row < p.tokens && slot < p.top_k;
-      const bool live = inside && (p.valid == nullptr || p.valid[row]);
-      const int id = live ? ids[at * shape.stride + slot] : -1;
-      const float x = live ? load_float(p.logits, row * p.experts + id) : kPad;
+    for (int first = 0; first < shape.rows; first += kWarp / shape.slot_lanes) {
+      const Slot at = slot_of_lane(p, shape, first_row, first);
+      const int index = at.at * p.top_k + at.slot;
+      int id = at.live && wanted ? static_cast<int>(chosen[index] & Lay::kIdMask) : -1;
+      if (at.live && p.live_apart) atomicAdd(&hist_aux[unbiased[index] & Lay::kIdMask], 1);
+      const int held = at.live && p.replay.data != nullptr ? forced[index] : -1;
+      if (p.replay.data != nullptr) id = fill ? fill_slot(p, shape, at, held, id) : held;
+      const float x = at.live ? load_float(p.logits, at.row * p.experts + id) : kPad;
       float y;
       if (kSoft && p.weight_rule == kOverChosen) {
         float top = x;
         for (int o = shape.slot_lanes / 2; o > 0; o >>= 1) top = fmaxf(top, __shfl_xor_sync(kFull, top, o));
         y = expf(x - top);
       } else if (kSoft) {
-        y = expf(x - stats[2 * at]) * stats[2 * at + 1];
+        y = at.live ? expf(x - stats[2 * at.at]) * stats[2 * at.at + 1] : 0.0f;
       } else {
         y = sigmoid(x);
       }
-      y = live ? y : 0.0f;
+      y = at.live ? y : 0.0f;
       if (p.weight_rule == kOverChosen || p.weight_rule == kScoreNormalised) {
         float sum = y;
         for (int o = shape.slot_lanes / 2; o > 0; o >>= 1) sum += __shfl_xor_sync(kFull, sum, o);
         y = __fdividef(y, p.weight_rule == kOverChosen ? sum : sum + kEps);
       }
-      if (inside) {
-        const int64_t out = row * p.top_k + slot;
-        static_cast<float*>(p.weights)[out] = live ? y * p.scale : 0.0f;
-        p.ids[out] = id;
+      if (at.inside) {
+        const int64_t out = at.row * p.top_k + at.slot;
+        const bool recorded = held >= 0 && p.recorded.data != nullptr;
+        static_cast<float*>(p.weights)[out] = recorded ? load_float(p.recorded, out) : at.live ? y * p.scale : 0.0f;
+        p.ids[out] = at.live ? id : -1;
       }
-      if (live) {
-        atomicAdd(&hist[id], 1);
-        if (kKeyed && p.live_apart) atomicAdd(&hist_aux[unbiased[at * shape.stride + slot]], 1);
-      }
+      if (at.live) atomicAdd(&hist[id], 1);
     }
     __syncwarp();  // the ids have been read before the next tile writes its own
   }
 
-  // ---- the block's sums
-  wait_for_zeros();
-  if (p.want_z) {
-    for (int o = kWarp / 2; o > 0; o >>= 1) z += __shfl_xor_sync(kFull, z, o);
-    if (lane == 0) z_warp[warp] = z;
+  // ---- the block's sums, in its own row of p.part
+  for (int o = kWarp / 2; p.want_z && o > 0; o >>= 1) z += __shfl_xor_sync(kFull, z, o);
+  if (lane == 0) {
+    z_warp[warp] = z;
+    if (replayed.slots != 0) atomicAdd(&events[0], replayed.rows), atomicAdd(&events[1], replayed.slots);
   }
-  __syncthreads();
-  if (threadIdx.x < 6 && events[threadIdx.x] != 0) atomicAdd(&p.events[threadIdx.x], events[threadIdx.x]);
-  flush_counts(p, hist, hist_aux, 0);
-  if (p.aux != kNoAux) {
-    float* part = reinterpret_cast<float*>(buffer);  // [warps, bucket]
-#pragma unroll
-    for (int i = 0; i < C * 8; ++i) {
-      for (int o = L; o < kWarp; o <<= 1) sums[i] += __shfl_xor_sync(kFull, sums[i], o);
-      if (lane < L) part[warp * Lay::kBucket + Lay::expert(i, gl)] = sums[i];
-    }
-    __syncthreads();
-    for (int e = threadIdx.x; e < p.experts; e += kLeanThreads) {
-      float sum = 0.0f;
-      for (int w = 0; w < kWarps; ++w) sum += part[w * Lay::kBucket + e];
-      add_fixed(p.sums + e, sum, p.sum_scale);
-    }
+  __syncthreads();  // counts are complete, the warps' buffers are free
+  const PartRow part = part_row(p, blockIdx.x);
+  for (int e = threadIdx.x; e < p.experts; e += kLeanThreads) {
+    part.counts[e] = hist[e];
+    if (p.live_apart) part.aux_counts[e] = hist_aux[e];
   }
-  if (p.want_z && threadIdx.x == 0) {
+  if (threadIdx.x < 6) part.events[threadIdx.x] = events[threadIdx.x];
+  if (threadIdx.x == kLeanThreads - 1) {
     double sum = 0.0;
     for (int w = 0; w < kWarps; ++w) sum += z_warp[w];
-    p.z_parts[blockIdx.x] = sum;
+    *part.z = sum;
   }
-  if (p.aux == kNoAux && !p.want_z) return;
-  if (arrive_last(p.ticket)) finish_sums(p);
-}
-
-inline bool lean_fits(const Forward& p, bool keyed) {
-  const bool score = p.score == kSigmoid || (p.score == kSoftmax && !keyed);
-  return p.vector && p.experts <= 512 && score && p.cu_seqlens.data == nullptr && p.replay.data == nullptr &&
-         p.probs == nullptr && p.scores == nullptr && p.map_format == kNoMap && (p.groups == 0 || p.group_chunked);
+  if (p.aux != kNoAux) store_score_sums<L, C>(p, sums, reinterpret_cast<float*>(shared), part.score_sum);
 }
 
 template <int L, int MODE>
-void launch_lean(Forward args, int sms, cudaStream_t stream, bool overlap) {
+void launch_lean(Forward args, int sms, cudaStream_t stream) {
   using Lay = Layout<L, 2>;
   constexpr int kWarps = kLeanThreads / kWarp;
-  LeanShape shape;
-  shape.slot_lanes = 1;
+  LeanShape shape = {Lay::kRows, 1};
   while (shape.slot_lanes < args.top_k) shape.slot_lanes *= 2;
-  shape.rows = Lay::kRows > kWarp / shape.slot_lanes ? Lay::kRows : kWarp / shape.slot_lanes;
-  if (shape.rows > 8 && shape.rows > Lay::kRows) shape.rows = Lay::kRows > 8 ? Lay::kRows : 8;
-  if (kWarp / shape.slot_lanes > shape.rows) shape.slot_lanes = kWarp / shape.rows;
-  shape.stride = args.top_k + kExtra;
-  const int words = lean_words(shape, args.groups, args.live_apart) * kWarps, parts = kWarps * Lay::kBucket;
-  const int64_t bytes = 4ll * ((args.live_apart ? 2 : 1) * args.experts + (MODE == kSigmoidKeyed ? Lay::kBucket : 0) +
-                               (words > parts ? words : parts));
+  // Rows enough to keep the lanes of the weights busy, unless warps would stay without rows.
+  const int together = kWarp / shape.slot_lanes < 8 ? kWarp / shape.slot_lanes : 8;
+  if (together > shape.rows && args.tokens >= static_cast<int64_t>(together) * kWarps * sms / 2) shape.rows = together;
+  args.warp_words = lean_words(args, shape, MODE == kSigmoidKeyed);
+  const int terms = kWarps * kWarp * 16 + kLeanThreads;  // store_score_sums
+  args.block_words = round_up(args.warp_words * kWarps > terms ? args.warp_words * kWarps : terms, 4);
+  const int64_t bytes =
+      4ll * (args.block_words + (args.live_apart ? 2 : 1) * args.experts + (MODE == kSigmoidKeyed ? Lay::kBucket : 0));
   auto kernel = lean_kernel<L, 2, MODE>;
   allow_shared_memory(kernel, bytes);
   const int64_t tiles = ceil_div<int64_t>(args.tokens, shape.rows);
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  const int blocks = static_cast<int>(tiles < sms ? tiles : sms);
+  const int blocks = lean_blocks(args, sms);
   cut_tiles(args, tiles, blocks);
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kLeanThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(bytes);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
-  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args, shape));
+  kernel<<<blocks, kLeanThreads, bytes, stream>>>(args, shape);
+  MOE_LAUNCH_CHECK();
 }
 
 template <int MODE>
-void launch_lean_mode(const Forward& args, int sms, cudaStream_t stream, bool overlap) {
+void launch_lean_mode(const Forward& args, int sms, cudaStream_t stream) {
   switch (lanes_for(args.experts)) {
-    case 4: return launch_lean<4, MODE>(args, sms, stream, overlap);
-    case 8: return launch_lean<8, MODE>(args, sms, stream, overlap);
-    case 16: return launch_lean<16, MODE>(args, sms, stream, overlap);
-    default: return launch_lean<32, MODE>(args, sms, stream, overlap);
+    case 4: return launch_lean<4, MODE>(args, sms, stream);
+    case 8: return launch_lean<8, MODE>(args, sms, stream);
+    case 16: return launch_lean<16, MODE>(args, sms, stream);
+    default: return launch_lean<32, MODE>(args, sms, stream);
   }
 }
 

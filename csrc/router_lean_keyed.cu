@@ -3,10 +3,8 @@
 
 namespace moe_layer::router {
 
-bool launch_lean_keyed(const Forward& args, int sms, cudaStream_t stream, bool overlap) {
-  if (!lean_fits(args, true)) return false;
-  launch_lean_mode<kSigmoidKeyed>(args, sms, stream, overlap);
-  return true;
+void launch_lean_keyed(const Forward& args, int sms, cudaStream_t stream) {
+  launch_lean_mode<kSigmoidKeyed>(args, sms, stream);
 }
 
 }  // namespace moe_layer::router

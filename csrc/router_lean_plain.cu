@@ -3,14 +3,12 @@
 
 namespace moe_layer::router {
 
-bool launch_lean_plain(const Forward& args, int sms, cudaStream_t stream, bool overlap) {
-  if (!lean_fits(args, false)) return false;
+void launch_lean_plain(const Forward& args, int sms, cudaStream_t stream) {
   if (args.score == kSoftmax) {
-    launch_lean_mode<kSoftmaxPlain>(args, sms, stream, overlap);
+    launch_lean_mode<kSoftmaxPlain>(args, sms, stream);
   } else {
-    launch_lean_mode<kSigmoidPlain>(args, sms, stream, overlap);
+    launch_lean_mode<kSigmoidPlain>(args, sms, stream);
   }
-  return true;
 }
 
 }  // namespace moe_layer::router

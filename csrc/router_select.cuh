@@ -28,13 +28,15 @@ struct Layout {
   __device__ static __forceinline__ int id(uint32_t packed) { return static_cast<int>(kIdMask - (packed & kIdMask)); }
 };
 
-// Largest of v below `limit`: v - limit wraps above every v that is not below it. limit 0 gives the plain maximum.
+// Largest of v below `limit`, 0 if there is none: v - limit wraps above every v that is not below it. limit 0 gives the plain
+// maximum. With K above the N values of a lane all of them may have been taken.
 template <int N>
 __device__ __forceinline__ uint32_t max_below(const uint32_t (&v)[N], uint32_t limit) {
   uint32_t best[4] = {0, 0, 0, 0};  // four chains: one of N dependent steps would be latency bound
 #pragma unroll
   for (int i = 0; i < N; ++i) best[i % 4] = __viaddmax_u32(v[i], 0u - limit, best[i % 4]);
-  return max(max(best[0], best[1]), max(best[2], best[3])) + limit;
+  const uint32_t found = max(max(best[0], best[1]), max(best[2], best[3])) + limit;
+  return limit != 0 && found >= limit ? 0u : found;
 }
 
 // Writes the ids of the K best to ids[0..K) (shared memory, by lane 0 of the row). Returns whether a near tie makes that doubtful:

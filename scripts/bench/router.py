@@ -2,7 +2,10 @@
 
 Every variant is captured in a CUDA graph of several calls over different logits (together larger than the L2 unless
 --warm) and the graphs are replayed in turn; the median time of a call is reported with the copy ceiling measured in the
-same run. Rows go to docs/benchmarks/router.jsonl (--output) with GPU, versions, git sha and shape.
+same run. `replay cost` is the forward with forced ids over the live one (--replay adds rows with missing slots),
+`record cost` the copy of the ids into an int16 buffer; `gate GEMM` is the product in front, with --hidden columns. A
+peer that does not import is replaced by the eager and the compiled reference. Rows go to docs/benchmarks/router.jsonl
+(--output) with GPU, versions, git sha and shape.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from moe_layer.ops import _ext
 from moe_layer.ops import route_topk as module
+from moe_layer.ops.copy_ids import copy_ids
 from moe_layer.ops.route_topk import RouteTopk, route_topk
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,7 +123,7 @@ def host_microseconds(call: Callable[[int], Any], calls: int = 200) -> float:
     return spent
 
 
-def warm_up(seconds: float = 0.5) -> None:
+def warm_up(seconds: float = 1.0) -> None:
     """Matrix products until the clocks are up: an idle H200 stands at 345 MHz and would be measured there."""
     a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
     start = time.perf_counter()
@@ -138,9 +142,18 @@ def copy_ceiling() -> float:
     return 2 * source.numel() * 4 / micro / 1e3
 
 
-def variants(shape: Shape, inputs: Inputs, replayed: list[Tensor] | None) -> dict[str, Callable[[int], Any]]:
-    """Ours: forward with everything, its parts, with replay, and backward."""
+def gate(shape: Shape, hidden: int) -> Callable[[int], Any]:
+    """The GEMM that produces bf16 logits; not part of the router's time."""
+    x = torch.randn(shape.tokens, hidden, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(shape.experts, hidden, device="cuda", dtype=torch.bfloat16)
+    return lambda _: torch.nn.functional.linear(x, weight)
+
+
+def variants(shape: Shape, inputs: Inputs, replay: bool) -> dict[str, Callable[[int], Any]]:
+    """Ours: forward with everything, its parts, recorded and replayed, and backward."""
     count = len(inputs.logits)
+    buffer = torch.empty(shape.tokens, shape.top_k, dtype=torch.int16, device="cuda")
+    holes = [ids.masked_fill(torch.rand_like(ids, dtype=torch.float32) < 0.01, -1) for ids in inputs.ids]
 
     def forward(index: int, **more: Any) -> RouteTopk:
         return route_topk(inputs.logits[index % count], inputs.bias, top_k=shape.top_k, **shape.options, **more)
@@ -152,15 +165,22 @@ def variants(shape: Shape, inputs: Inputs, replayed: list[Tensor] | None) -> dic
         at = index % count
         return torch.ops.moe_layer.route_topk_bwd(*given, inputs.logits[at], inputs.ids[at], None, None, **options)
 
-    return {
+    def replayed(index: int, ids: list[Tensor] = inputs.ids, **more: Any) -> RouteTopk:
+        return forward(index, replay_ids=ids[index % count], **(LOSSES | more))
+
+    calls = {
         "forward": lambda i: forward(i, **LOSSES),
         "forward, no losses": forward,
-        "forward, aux only": lambda i: forward(i, aux_counts="live"),
         "forward, effective": lambda i: forward(i, aux_counts="effective", want_z=True),
-        "forward, replayed": lambda i: forward(i, replay_ids=inputs.ids[i % count], **LOSSES),
+        "replayed": replayed,
+        "recorded": lambda i: copy_ids(forward(i, **LOSSES).ids, buffer, num_experts=shape.experts),
         "backward": backward,
         "backward, weights only": lambda i: backward(i, (inputs.d_weights, None, None, None, None)),
     }
+    if replay:
+        calls["replayed, 1% missing"] = lambda i: replayed(i, holes)
+        calls["replayed, effective"] = lambda i: replayed(i, aux_counts="effective")
+    return calls
 
 
 def peer_reference(shape: Shape, inputs: Inputs, compiled: bool) -> dict[str, Callable[[int], Any]]:
@@ -228,15 +248,16 @@ def bench(name: str, dtype: torch.dtype, args: argparse.Namespace, ceiling: floa
     shape = SHAPES[name]
     inputs = make_inputs(shape, dtype, args.warm)
     sets = len(inputs.logits)
-    calls = {f"ours {key}": call for key, call in variants(shape, inputs, None).items()}
-    if args.peer == "te":
-        calls |= {f"te {key}": call for key, call in peer_te(shape, inputs).items()}
-    elif args.peer in ("reference", "compile"):
-        compiled = args.peer == "compile"
-        calls |= {f"{args.peer} {key}": call for key, call in peer_reference(shape, inputs, compiled).items()}
+    calls = {f"ours {key}": call for key, call in variants(shape, inputs, args.replay).items()}
+    if dtype == torch.bfloat16:
+        calls["gate GEMM"] = gate(shape, args.hidden)
+    for peer in args.peers:
+        found = peer_te(shape, inputs) if peer == "te" else peer_reference(shape, inputs, peer == "compile")
+        calls |= {f"{peer} {key}": call for key, call in found.items()}
     host = host_microseconds(calls["ours forward"])
     per_graph = max(sets, 8)
     times = medians({key: (capture(call, per_graph), per_graph) for key, call in calls.items()}, args.rounds)
+    forward = times["ours forward"]
     moved = shape.tokens * (shape.experts * dtype.itemsize + shape.top_k * 8)
     row = {
         "bench": "router",
@@ -247,11 +268,25 @@ def bench(name: str, dtype: torch.dtype, args: argparse.Namespace, ceiling: floa
     }
     row |= {"microseconds": {key: round(value, 2) for key, value in times.items()}, "host_microseconds": round(host, 1)}
     row |= {
-        "gb_per_s": round(moved / times["ours forward"] / 1e3),
+        "replay_cost_percent": round(100 * (times["ours replayed"] / forward - 1), 1),
+        "record_cost_percent": round(100 * (times["ours recorded"] / forward - 1), 1),
+        "gb_per_s": round(moved / forward / 1e3),
         "copy_gb_per_s": round(ceiling),
         "goal_forward": GOALS.get(name),
     }
     return row | {"warm_l2": args.warm} | provenance()
+
+
+def peers(wanted: str) -> list[str]:
+    """The peers to run: what was asked for, or the reference if TransformerEngine is not there."""
+    if wanted != "te":
+        return [] if wanted == "none" else [wanted]
+    try:
+        import transformer_engine.pytorch.router  # noqa: F401
+    except ImportError as error:
+        print(f"transformer_engine does not import ({error}); the eager and the compiled reference run instead")
+        return ["reference", "compile"]
+    return ["te"]
 
 
 def main() -> None:
@@ -260,9 +295,12 @@ def main() -> None:
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--dtypes", default="bfloat16,float32")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--replay", action="store_true", help="also replay with missing slots and without live counts")
+    parser.add_argument("--hidden", type=int, default=2048, help="columns of the gate GEMM")
     parser.add_argument("--warm", action="store_true", help="one set of logits, which stays in the L2")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/router.jsonl")
     args = parser.parse_args()
+    args.peers = peers(args.peer)
     print(_ext.status().sentence())
     warm_up()
     ceiling = copy_ceiling()
@@ -280,7 +318,8 @@ def main() -> None:
             times = "  ".join(f"{key.removeprefix('ours ')} {value:.1f}" for key, value in row["microseconds"].items())
             goal = f" (goal {row['goal_forward']})" if row["goal_forward"] else ""
             print(
-                f"{name:22s} {dtype:9s}{goal} us: {times}  host {row['host_microseconds']}  {row['gb_per_s']} GB/s",
+                f"{name:22s} {dtype:9s}{goal} us: {times}  host {row['host_microseconds']}  {row['gb_per_s']} GB/s"
+                f"  replay {row['replay_cost_percent']:+}%  record {row['record_cost_percent']:+}%",
                 flush=True,
             )
 

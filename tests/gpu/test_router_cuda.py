@@ -11,150 +11,32 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from moe_layer.ops import _ext
-from moe_layer.ops import route_topk_select as ref
 from moe_layer.ops.copy_ids import copy_ids
-from moe_layer.ops.route_topk import RouteTopk, route_topk
+from moe_layer.ops.route_topk import route_topk
+from tests.gpu.router_cases import (
+    ALL,
+    CASES,
+    LOSSES,
+    TRAINED,
+    bias_for,
+    check,
+    differing_rows,
+    gradients_for,
+    logits_for,
+    on,
+    on_cuda,
+    run,
+)
 
 pytestmark = pytest.mark.gpu
-
-DEEPSEEK = {"score_function": "sigmoid", "num_groups": 8, "group_topk": 4, "scaling_factor": 2.5}
-CASES: dict[str, tuple[int, dict[str, Any], bool]] = {  # experts, options, with a bias
-    "e8-k2": (8, {"top_k": 2}, False),
-    "e8-k8": (8, {"top_k": 8}, False),
-    "e1-k1": (1, {"top_k": 1, "softmax_order": "pre", "renormalize": False}, False),
-    "e60-k4-pre": (60, {"top_k": 4, "softmax_order": "pre", "renormalize": False}, False),
-    "e64-k8-pre": (64, {"top_k": 8, "softmax_order": "pre", "renormalize": False}, False),
-    "e128-k8": (128, {"top_k": 8}, False),
-    "e128-k8-sigmoid": (128, {"top_k": 8, "score_function": "sigmoid"}, False),
-    "e128-k8-sqrtsoftplus-bias": (128, {"top_k": 8, "score_function": "sqrtsoftplus"}, True),
-    "e129-k5-bias": (129, {"top_k": 5, "score_function": "sigmoid"}, True),
-    "e160-k6-groups-of-20": (160, {"top_k": 6, "num_groups": 8, "group_topk": 3, "softmax_order": "pre"}, False),
-    "e256-k8-deepseek": (256, {"top_k": 8, **DEEPSEEK}, True),
-    "e256-k16": (256, {"top_k": 16}, False),
-    "e256-k8-megatron-groups": (
-        256,
-        {"top_k": 8, "num_groups": 4, "group_topk": 2, "group_rule": "sum_topk_per_group", "score_function": "sigmoid"},
-        False,
-    ),
-    "e384-k8-bias": (384, {"top_k": 8, "score_function": "sigmoid"}, True),
-    "e512-k10": (512, {"top_k": 10, "softmax_order": "pre"}, False),
-    "e512-k10-post-bias": (512, {"top_k": 10}, True),
-    "e1000-k32": (1000, {"top_k": 32, "score_function": "sigmoid", "renormalize": False}, False),
-    "e1024-k4-groups": (1024, {"top_k": 4, "num_groups": 16, "group_topk": 2, "score_function": "sqrtsoftplus"}, False),
-    "e40-k40-general": (40, {"top_k": 40, "score_function": "sigmoid"}, False),
-    "e2000-k12-general": (2000, {"top_k": 12, **DEEPSEEK}, True),
-}
-ALL = {"aux_counts": "live", "want_z": True, "want_probs": True, "want_scores": True, "map_format": "bytemap"}
-GRADIENTS = ("weights", "score_sum", "z_sum", "probs", "scores")
-LOSSES = {"aux_counts": "live", "want_z": True}
-"""What a training step asks for; without dense outputs, replay and sequences the lean kernels run."""
-TRAINED = ("weights", "score_sum", "z_sum")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _library() -> None:
     status = _ext.status()
     assert status.loaded, status.sentence()
-
-
-def logits_for(experts: int, tokens: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(tokens, experts, generator=generator) * 2).to(dtype)
-
-
-def bias_for(experts: int, with_bias: bool) -> Tensor | None:
-    return torch.randn(experts, generator=torch.Generator().manual_seed(1)) * 0.1 if with_bias else None
-
-
-def on(device: str, inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-
-
-def differing_rows(ours: Tensor, logits: Tensor, bias: Tensor | None, options: dict[str, Any]) -> int:
-    """Rows whose ids are not the CPU's; fails unless every such pair of ids has keys less than 8 ulp apart."""
-    selection = {name: options[name] for name in ("top_k", "score_function") if name in options}
-    given = {"score_function": "softmax", "softmax_order": "post"} | options
-    theirs = route_topk(logits, bias, **options).ids
-    rows = (ours != theirs).any(dim=1).nonzero().flatten().tolist()
-    x_TE = logits.float()
-    plain = bias is None and not options.get("num_groups")
-    key_TE = x_TE if plain else ref.selection_key(x_TE, None, bias, given["score_function"], given["softmax_order"])
-    for row in rows:
-        if options.get("num_groups"):
-            continue  # a near tie of two groups' sums changes several ids; counted, and bounded by the caller
-        mine, other = key_TE[row, ours[row].long()], key_TE[row, theirs[row].long()]
-        ulp = torch.finfo(torch.float32).eps * torch.maximum(mine.abs(), other.abs())
-        assert ((mine - other).abs() < 8 * ulp).all(), (row, selection, ours[row].tolist(), theirs[row].tolist())
-    return len(rows)
-
-
-def run(
-    logits: Tensor, bias: Tensor | None, options: dict[str, Any], grads: dict[str, Tensor], **inputs: Any
-) -> tuple[RouteTopk, Tensor]:
-    leaf = logits.detach().clone().requires_grad_()
-    out = route_topk(leaf, bias, **options, **inputs)
-    kept = [(getattr(out, name), grad.to(getattr(out, name))) for name, grad in grads.items()]
-    torch.autograd.backward([tensor for tensor, _ in kept], [grad for _, grad in kept])
-    assert leaf.grad is not None
-    return out, leaf.grad
-
-
-def close(name: str, ours: Tensor, fp32: Tensor, exact: Tensor) -> None:
-    """|ours - exact| at most twice the fp32 path's worst error, plus the rounding of the dtype and 4 ulp of fp32."""
-    exact = exact.double().cpu()
-    assert torch.equal(ours.cpu().isnan(), exact.isnan()), name
-    ours, fp32, exact = ours.double().cpu().nan_to_num(), fp32.double().nan_to_num(), exact.nan_to_num()
-    scale = exact.abs().max() if exact.numel() else torch.zeros(())
-    allowed = 2 * (fp32 - exact).abs().max() + 4 * 1.2e-7 * scale + 1e-30 if exact.numel() else scale
-    error = (ours - exact).abs().max() if exact.numel() else scale
-    assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}, largest value {scale:.3e}"
-
-
-def gradients_for(out: RouteTopk, names: tuple[str, ...]) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return {name: torch.randn(getattr(out, name).shape, generator=generator) for name in names}
-
-
-def check(
-    logits: Tensor, bias: Tensor | None, options: dict[str, Any], names: tuple[str, ...] = GRADIENTS, **inputs: Any
-) -> RouteTopk:
-    """Every output and the gradient, on CUDA, against the CPU's fp32 and fp64 paths given CUDA's ids."""
-    with torch.no_grad():
-        shape = route_topk(logits, bias, **options, **inputs)
-    grads = gradients_for(shape, names)
-    cuda = on("cuda", inputs)
-    ours, d_ours = run(logits.cuda(), None if bias is None else bias.cuda(), options, on("cuda", grads), **cuda)
-    fixed = dict(inputs)
-    if "replay_ids" not in inputs:
-        assert differing_rows_valid(ours.ids.cpu(), logits, bias, options, inputs) <= max(1, logits.shape[0] // 50)
-        fixed["replay_ids"] = ours.ids.cpu()
-    else:
-        assert torch.equal(ours.ids.cpu(), shape.ids)
-        assert ours.events.tolist() == shape.events.tolist()
-    narrow, d_narrow = run(logits.float(), bias, options, grads, **fixed)
-    wide, d_wide = run(logits.double(), bias, options, grads, **fixed)
-    assert torch.equal(ours.counts.cpu(), wide.counts)
-    assert (ours.aux_counts.cpu() - wide.aux_counts).abs().sum() <= 2 * max(1, logits.shape[0] // 50)
-    assert torch.equal(ours.map.cpu(), wide.map)
-    for name in ("weights", "score_sum", "z_sum", "scores"):
-        close(name, getattr(ours, name), getattr(narrow, name), getattr(wide, name))
-    close("probs", ours.probs, narrow.probs.to(ours.probs.dtype), wide.probs)
-    close("d_logits", d_ours, d_narrow.to(d_ours.dtype), d_wide)
-    return ours
-
-
-def differing_rows_valid(
-    ids: Tensor, logits: Tensor, bias: Tensor | None, options: dict[str, Any], inputs: dict[str, Any]
-) -> int:
-    kept = {name: value for name, value in options.items() if name not in ALL}
-    valid = inputs.get("valid")
-    if valid is None:
-        return differing_rows(ids, logits, bias, kept)
-    assert (ids[~valid] == -1).all()
-    return differing_rows(ids[valid], logits[valid], bias, kept)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -187,9 +69,56 @@ def test_near_ties_are_settled_by_whole_keys(name: str) -> None:
         run.copy_(run[0] * (1 + eps * torch.randint(-4, 5, run.shape)))
         logits[row] = logits[row, torch.randperm(experts)]
     logits[:8] = 1 + eps * torch.randint(0, 9, (8, experts))
+    logits[8:40] = torch.exp(4 * logits[8:40])  # the best key is far above the K-th
+    logits[40:44] = 0.0
     ours = route_topk(logits.cuda(), **options, **LOSSES)
     theirs = route_topk(logits, **options, **LOSSES)
     assert torch.equal(ours.ids.cpu(), theirs.ids) and torch.equal(ours.aux_counts.cpu(), theirs.aux_counts)
+
+
+@pytest.mark.parametrize("name", ["e129-k5-bias", "e256-k8-deepseek", "e384-k8-bias", "e512-k10-post-bias"])
+def test_biased_keys_of_every_size(name: str) -> None:
+    """Biases from 1e-6 to 1 and negative ones, scores near 0: packed keys keep what lies near the best key only."""
+    experts, options, _ = CASES[name]
+    generator = torch.Generator().manual_seed(4)
+    logits = logits_for(experts, 200, torch.float32) - 8
+    for sign, least in ((1, 6), (-1, 6), (-1, 1)):
+        bias = sign * 10 ** (-least * torch.rand(experts, generator=generator))
+        ours = route_topk(logits.cuda(), bias.cuda(), **options, **LOSSES)
+        assert differing_rows(ours.ids.cpu(), logits, bias, options) <= 4
+        theirs = route_topk(logits, None, top_k=options["top_k"], aux_counts="live")
+        assert (ours.aux_counts.cpu() - theirs.aux_counts).abs().sum() <= 8
+
+
+@pytest.mark.parametrize("case", [(64, 16), (512, 16), (512, 32), (1000, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neighbours_win(case: tuple[int, int], dtype: torch.dtype) -> None:
+    """The best experts stand side by side, so that one lane of a warp holds many of them, or all of its own."""
+    experts, top_k = case
+    order = torch.arange(experts).float()
+    lanes = torch.tensor([(e // 8 % 32) * 1000 - e / 2000 for e in range(experts)])
+    logits = torch.stack([order, -order, order.flip(0), lanes, -lanes]).repeat(20, 1).to(dtype)
+    ours, theirs = route_topk(logits.cuda(), top_k=top_k, **LOSSES), route_topk(logits, top_k=top_k, **LOSSES)
+    assert torch.equal(ours.ids.cpu(), theirs.ids) and torch.equal(ours.counts.cpu(), theirs.counts)
+
+
+@pytest.mark.parametrize("names", [("weights",), ("score_sum",), ("weights", "score_sum", "z_sum", "scores")])
+@pytest.mark.parametrize("name", ["e8-k2", "e60-k4-pre", "e64-k8-pre", "e128-k8", "e512-k10", "e40-k40-general"])
+def test_gradient_of_saturated_rows(name: str, names: tuple[str, ...]) -> None:
+    """One probability near 1: the gradients of a row cancel, and each row keeps its own digits (softmax_backward)."""
+    experts, options, with_bias = CASES[name]
+    logits, bias = logits_for(experts, 101, torch.float32) * 15, bias_for(experts, with_bias)
+    given = options | LOSSES | {"want_scores": True}
+    with torch.no_grad():
+        shape = route_topk(logits, bias, **given)
+    grads = gradients_for(shape, names)
+    ours, d_ours = run(logits.cuda(), on_cuda(bias), given, on("cuda", grads))
+    ids = {"replay_ids": ours.ids.cpu()}
+    d_narrow = run(logits, bias, given, grads, **ids)[1].double()
+    d_wide = run(logits.double(), bias, given, grads, **ids)[1]
+    scale = d_wide.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
+    error, narrow = (((d - d_wide).abs() / scale).max() for d in (d_ours.double().cpu(), d_narrow))
+    assert error <= max(2 * float(narrow), 1e-5), f"relative error of a row {error:.2e}, the CPU's {narrow:.2e}"
 
 
 @pytest.mark.parametrize(
@@ -217,29 +146,6 @@ def test_valid_rows_and_sequences(name: str, aux_counts: str) -> None:
         )
 
 
-@pytest.mark.parametrize("mode", ["live", "recorded", "straight_through"])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
-@pytest.mark.parametrize("name", ["e8-k2", "e64-k8-pre", "e128-k8", "e256-k8-deepseek", "e512-k10", "e40-k40-general"])
-def test_replay(name: str, dtype: torch.dtype, mode: str) -> None:
-    """Missing, duplicate and out-of-range ids; uint8 has no -1, so its missing slots are out of range."""
-    experts, options, with_bias = CASES[name]
-    top_k = options["top_k"]
-    generator = torch.Generator().manual_seed(5)
-    low = 0 if dtype == torch.uint8 else -experts // 3
-    high = min(experts + experts // 4 + 1, 255) if dtype == torch.uint8 else experts + experts // 4 + 1
-    recorded = torch.randint(low, high, (131, top_k), generator=generator).to(dtype)
-    recorded[:40] = torch.stack([torch.randperm(min(experts, 255), generator=generator)[:top_k] for _ in range(40)]).to(
-        dtype
-    )
-    inputs = {
-        "replay_ids": recorded,
-        "replay_weights": torch.rand(131, top_k, generator=generator),
-        "valid": torch.arange(131) % 7 != 3,
-    }
-    logits = logits_for(experts, 131, torch.bfloat16)
-    check(logits, bias_for(experts, with_bias), options | ALL | {"weights_mode": mode}, **inputs)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_ties_go_to_the_lower_id(name: str) -> None:
     """Constant rows, rows of few values, and fp32 keys that agree in all but the last bits."""
@@ -248,11 +154,11 @@ def test_ties_go_to_the_lower_id(name: str) -> None:
     logits[0] = 0.5
     logits[1:32] = 1.0 + torch.randint(0, 4, (31, experts)) * torch.finfo(torch.float32).eps
     bias = torch.zeros(experts) if with_bias else None
-    ours = route_topk(logits.cuda(), None if bias is None else bias.cuda(), **options)
+    ours = route_topk(logits.cuda(), on_cuda(bias), **options)
     kept = {key: value for key, value in options.items()}
     if bias is None and not options.get("num_groups"):
         assert torch.equal(ours.ids.cpu(), route_topk(logits, bias, **kept).ids)
-    same = route_topk(logits[:1].to(torch.bfloat16).cuda(), None if bias is None else bias.cuda(), **options).ids
+    same = route_topk(logits[:1].to(torch.bfloat16).cuda(), on_cuda(bias), **options).ids
     assert torch.equal(same.cpu(), route_topk(logits[:1], bias, **kept).ids)
     assert all(len(set(row)) == options["top_k"] for row in ours.ids.tolist())
 
@@ -267,7 +173,7 @@ def test_nan_and_infinite_logits(name: str, outputs: dict[str, Any]) -> None:
         where = torch.randperm(experts)[: 1 + row % max(1, experts)]
         logits[row, where] = bad[torch.randint(0, 3, (len(where),))] if row % 4 else bad[row // 4 % 3]
     bias = bias_for(experts, with_bias)
-    ours = route_topk(logits.cuda(), None if bias is None else bias.cuda(), **options, **outputs)
+    ours = route_topk(logits.cuda(), on_cuda(bias), **options, **outputs)
     theirs = route_topk(logits, bias, **options, **outputs)
     assert ours.events.tolist() == theirs.events.tolist()
     assert (ours.ids.cpu() != theirs.ids).any(dim=1).sum() <= 2
@@ -286,24 +192,32 @@ def test_no_tokens_and_maps(name: str, map_format: str) -> None:
     bias = bias_for(experts, with_bias)
     given = options | ALL | {"map_format": map_format}
     for tokens in (0, 1, 33):
+        short = logits_for(experts, tokens, torch.bfloat16)
+        lean, plain = (route_topk(x, b, **options, **LOSSES) for x, b in ((short.cuda(), on_cuda(bias)), (short, bias)))
+        assert lean.counts.sum() == tokens * options["top_k"] == lean.aux_counts.sum()
+        torch.testing.assert_close(lean.score_sum.cpu(), plain.score_sum, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(lean.z_sum.cpu(), plain.z_sum, rtol=1e-5, atol=1e-6)
         logits = logits_for(experts, tokens, torch.bfloat16)
-        ours = route_topk(logits.cuda().requires_grad_(), None if bias is None else bias.cuda(), **given)
+        ours = route_topk(logits.cuda().requires_grad_(), on_cuda(bias), **given)
         theirs = route_topk(logits, bias, **given, replay_ids=ours.ids.cpu())
         assert torch.equal(ours.map.cpu(), theirs.map) and ours.counts.sum() == tokens * options["top_k"]
         (ours.weights.sum() + ours.z_sum.sum() + ours.score_sum.sum()).backward()
 
 
-def test_same_bits_twice_and_under_a_graph() -> None:
+@pytest.mark.parametrize("replayed", [False, True])
+@pytest.mark.parametrize("name", ["e8-k2", "e128-k8", "e256-k8-deepseek", "e512-k10"])
+def test_same_bits_twice_and_under_a_graph(name: str, replayed: bool) -> None:
     """Run twice, then captured: the graph replays with other logits and gives what an eager call gives."""
-    experts, options, _ = CASES["e256-k8-deepseek"]
-    bias = bias_for(experts, True).cuda()
+    experts, options, with_bias = CASES[name]
+    top_k, bias = options["top_k"], on_cuda(bias_for(experts, with_bias))
+    recorded = torch.randint(-1, experts, (4099, top_k)).cuda() if replayed else None
     first, second = (logits_for(experts, 4099, torch.float32, seed).cuda() for seed in (7, 8))
-    grads = {"weights": torch.randn(4099, 8), "score_sum": torch.randn(1, experts), "z_sum": torch.randn(1)}
-    given = options | {"aux_counts": "live", "want_z": True}
+    grads = {"weights": torch.randn(4099, top_k), "score_sum": torch.randn(1, experts), "z_sum": torch.randn(1)}
+    given = options | LOSSES | {"replay_ids": recorded}
     eager = [run(x, bias, given, on("cuda", grads)) for x in (first, first, second)]
     for one, two in zip((*eager[0][0], eager[0][1]), (*eager[1][0], eager[1][1]), strict=True):
         assert torch.equal(one, two)
-    static, buffer = first.clone().requires_grad_(), torch.empty(4099, 8, dtype=torch.int16, device="cuda")
+    static, buffer = first.clone().requires_grad_(), torch.empty(4099, top_k, dtype=torch.int16, device="cuda")
     cuda_grads = list(on("cuda", grads).values())
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
