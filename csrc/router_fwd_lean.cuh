@@ -10,13 +10,15 @@
 
 #include "router_lean_parts.cuh"
 
+#include <cstdlib>
+
 namespace moe_layer::router {
 
 // The warps' sums of scores, added over the block's rows in a fixed order, to part[E] in global memory.
-template <int L, int C>
+template <int L, int C, int THREADS>
 __device__ __forceinline__ void store_score_sums(
     const Forward& p, const float (&sums)[C * 8], float* terms, float* target) {
-  constexpr int kBucket = Layout<L, C>::kBucket, kTerms = kLeanThreads / L, kRuns = kLeanThreads / kBucket;
+  constexpr int kBucket = Layout<L, C>::kBucket, kTerms = THREADS / L, kRuns = THREADS / kBucket;
   const int lane = threadIdx.x % kWarp, gl = lane % L, term = threadIdx.x / L;
   float4* mine = reinterpret_cast<float4*>(terms + term * kBucket);
 #pragma unroll
@@ -42,11 +44,10 @@ __device__ __forceinline__ void store_score_sums(
   target[threadIdx.x] = total;
 }
 
-template <int L, int C, int MODE>
-__global__ void __launch_bounds__(kLeanThreads, 1)
-    lean_kernel(const __grid_constant__ Forward p, const LeanShape shape) {
+template <int L, int C, int MODE, int THREADS>
+__global__ void __launch_bounds__(THREADS, 1) lean_kernel(const __grid_constant__ Forward p, const LeanShape shape) {
   using Lay = Layout<L, C>;
-  constexpr int kWarps = kLeanThreads / kWarp;
+  constexpr int kWarps = THREADS / kWarp;
   constexpr bool kKeyed = MODE == kSigmoidKeyed, kSoft = MODE == kSoftmaxPlain;
   extern __shared__ __align__(16) int32_t shared[];
   __shared__ double z_warp[kWarps];
@@ -67,10 +68,10 @@ __global__ void __launch_bounds__(kLeanThreads, 1)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();  // router_finish.cu may get ready
 #endif
-  for (int e = threadIdx.x; e < p.experts; e += kLeanThreads) hist[e] = 0, hist_aux[e] = 0;
+  for (int e = threadIdx.x; e < p.experts; e += THREADS) hist[e] = 0, hist_aux[e] = 0;
   if (threadIdx.x < 6) events[threadIdx.x] = 0;
   if constexpr (kKeyed) {
-    for (int e = threadIdx.x; e < Lay::kBucket; e += kLeanThreads) {
+    for (int e = threadIdx.x; e < Lay::kBucket; e += THREADS) {
       bias[e] = p.bias.data != nullptr && e < p.experts ? load_float(p.bias, e) : 0.0f;
     }
   }
@@ -199,50 +200,58 @@ __global__ void __launch_bounds__(kLeanThreads, 1)
   }
   __syncthreads();  // counts are complete, the warps' buffers are free
   const PartRow part = part_row(p, blockIdx.x);
-  for (int e = threadIdx.x; e < p.experts; e += kLeanThreads) {
+  for (int e = threadIdx.x; e < p.experts; e += THREADS) {
     part.counts[e] = hist[e];
     if (p.live_apart) part.aux_counts[e] = hist_aux[e];
   }
   if (threadIdx.x < 6) part.events[threadIdx.x] = events[threadIdx.x];
-  if (threadIdx.x == kLeanThreads - 1) {
+  if (threadIdx.x == THREADS - 1) {
     double sum = 0.0;
     for (int w = 0; w < kWarps; ++w) sum += z_warp[w];
     *part.z = sum;
   }
-  if (p.aux != kNoAux) store_score_sums<L, C>(p, sums, reinterpret_cast<float*>(shared), part.score_sum);
+  if (p.aux != kNoAux) store_score_sums<L, C, THREADS>(p, sums, reinterpret_cast<float*>(shared), part.score_sum);
 }
 
-template <int L, int MODE>
+template <int L, int MODE, int THREADS>
 void launch_lean(Forward args, int sms, cudaStream_t stream) {
   using Lay = Layout<L, 2>;
-  constexpr int kWarps = kLeanThreads / kWarp;
+  constexpr int kWarps = THREADS / kWarp;
   LeanShape shape = {Lay::kRows, 1};
   while (shape.slot_lanes < args.top_k) shape.slot_lanes *= 2;
   // Rows enough to keep the lanes of the weights busy, unless warps would stay without rows.
   const int together = kWarp / shape.slot_lanes < 8 ? kWarp / shape.slot_lanes : 8;
   if (together > shape.rows && args.tokens >= static_cast<int64_t>(together) * kWarps * sms / 2) shape.rows = together;
   args.warp_words = lean_words(args, shape, MODE == kSigmoidKeyed);
-  const int terms = kWarps * kWarp * 16 + kLeanThreads;  // store_score_sums
+  const int terms = kWarps * kWarp * 16 + THREADS;  // store_score_sums
   args.block_words = round_up(args.warp_words * kWarps > terms ? args.warp_words * kWarps : terms, 4);
   const int64_t bytes =
       4ll * (args.block_words + (args.live_apart ? 2 : 1) * args.experts + (MODE == kSigmoidKeyed ? Lay::kBucket : 0));
-  auto kernel = lean_kernel<L, 2, MODE>;
+  auto kernel = lean_kernel<L, 2, MODE, THREADS>;
   allow_shared_memory(kernel, bytes);
   const int64_t tiles = ceil_div<int64_t>(args.tokens, shape.rows);
   const int blocks = lean_blocks(args, sms);
   cut_tiles(args, tiles, blocks);
-  kernel<<<blocks, kLeanThreads, bytes, stream>>>(args, shape);
+  kernel<<<blocks, THREADS, bytes, stream>>>(args, shape);
   MOE_LAUNCH_CHECK();
 }
 
+template <int MODE, int THREADS>
+void launch_lean_lanes(const Forward& args, int sms, cudaStream_t stream) {
+  switch (lanes_for(args.experts)) {
+    case 4: return launch_lean<4, MODE, THREADS>(args, sms, stream);
+    case 8: return launch_lean<8, MODE, THREADS>(args, sms, stream);
+    case 16: return launch_lean<16, MODE, THREADS>(args, sms, stream);
+    default: return launch_lean<32, MODE, THREADS>(args, sms, stream);
+  }
+}
+
+// 16 or 32 warps: either way the rows of 16384 tokens divide evenly over 132 SMs. MOE_ROUTER_THREADS goes when one is chosen.
 template <int MODE>
 void launch_lean_mode(const Forward& args, int sms, cudaStream_t stream) {
-  switch (lanes_for(args.experts)) {
-    case 4: return launch_lean<4, MODE>(args, sms, stream);
-    case 8: return launch_lean<8, MODE>(args, sms, stream);
-    case 16: return launch_lean<16, MODE>(args, sms, stream);
-    default: return launch_lean<32, MODE>(args, sms, stream);
-  }
+  static const char* threads = std::getenv("MOE_ROUTER_THREADS");
+  if (threads != nullptr && threads[0] == '1') return launch_lean_lanes<MODE, 1024>(args, sms, stream);
+  launch_lean_lanes<MODE, 512>(args, sms, stream);
 }
 
 }  // namespace moe_layer::router

@@ -12,11 +12,6 @@ namespace moe_layer::router {
 
 enum Mode : int { kSoftmaxPlain, kSigmoidPlain, kSigmoidKeyed };
 
-#ifndef MOE_ROUTER_LEAN_THREADS
-#define MOE_ROUTER_LEAN_THREADS 512  // 16 warps, 128 registers: the rows of 16384 tokens divide evenly over 132 SMs
-#endif
-constexpr int kLeanThreads = MOE_ROUTER_LEAN_THREADS;
-
 struct LeanShape {
   int rows;        // rows of a tile
   int slot_lanes;  // W, the power of two that holds K: lanes of a row when a lane owns a slot
