@@ -143,12 +143,14 @@ class Router(nn.Module):
         dropped = None if counts_E is routed.counts else routed.counts.sum() - counts_E.sum()
         unscaled, scaled = {}, {}
         if attaches:
-            boundaries = cu_seqlens if self.config.losses.aux == "sequence" else None
-            num_valid_S = losses.tokens_per_sequence(x_TD.shape[0], valid_T, boundaries, x_TD.device)
-            unscaled, scaled = self._losses(routed, num_valid_S)
-            log_values, log_events = _log_values(
-                unscaled, num_valid_S, dropped, routed.events, host_tokens=_host_tokens(x_TD, valid_T)
-            )
+            quiet = self._is_quiet and valid_T is None and dropped is None and not torch.compiler.is_compiling()
+            if quiet:  # no losses, no capacity, no mask: nothing to launch
+                log_values, log_events = _quiet_head(x_TD.shape[0], x_TD.device), routed.events
+            else:
+                boundaries = cu_seqlens if self.config.losses.aux == "sequence" else None
+                num_valid_S = losses.tokens_per_sequence(x_TD.shape[0], valid_T, boundaries, x_TD.device)
+                unscaled, scaled = self._losses(routed, num_valid_S)
+                log_values, log_events = _log_values(unscaled, num_valid_S, dropped, routed.events)
             weights_TK = attach_losses(
                 weights_TK,
                 torch.stack(list(scaled.values())) if scaled else None,
@@ -272,6 +274,11 @@ class Router(nn.Module):
         return unscaled, {name: value * coefficients[name] for name, value in unscaled.items()}
 
     @property
+    def _is_quiet(self) -> bool:
+        """No auxiliary loss is configured."""
+        return self.config.losses.aux == "none" and self.config.losses.z_coeff == 0.0
+
+    @property
     def _data_group(self) -> dist.ProcessGroup | None:
         return None if self.context is None else self.context.data_group
 
@@ -342,19 +349,11 @@ class Router(nn.Module):
         return stats
 
 
-def _host_tokens(x_TD: Tensor, valid_T: Tensor | None) -> int | None:
-    """The number of valid tokens where the host knows it."""
-    return x_TD.shape[0] if valid_T is None else None
-
-
 def _log_values(
-    unscaled: dict[str, Tensor], num_valid_S: Tensor, dropped: Tensor | None, events: Tensor, *, host_tokens: int | None
+    unscaled: dict[str, Tensor], num_valid_S: Tensor, dropped: Tensor | None, events: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """fp32 sums in the order of LOG_NAMES and the events that follow them (None under torch.compile: they are in the
-    first); no launch in the common case of no losses, no capacity, no mask."""
-    compiling = torch.compiler.is_compiling()
-    if not unscaled and dropped is None and host_tokens is not None and not compiling:
-        return _quiet_head(host_tokens, events.device), events
+    first)."""
     zero = torch.zeros((), device=events.device)
     head = [
         unscaled.get("aux", zero),
@@ -364,7 +363,7 @@ def _log_values(
         zero if dropped is None else dropped,
     ]
     values = torch.stack([value.detach().to(torch.float32) for value in head])
-    if compiling:
+    if torch.compiler.is_compiling():
         return torch.cat((values, events[: len(EVENT_NAMES)].to(torch.float32))), None
     return values, events
 

@@ -7,13 +7,15 @@ from torch import Tensor
 
 from moe_layer.ops._call import call_plain
 
-
-@torch.library.custom_op(
+# Not a custom_op: its Python wrapper for mutated arguments costs more than the launch.
+torch.library.define(
     "moe_layer::count_pass_",
-    mutates_args=("tokens_per_expert", "log_sums", "aux_history"),
-    schema="(Tensor(a!)? tokens_per_expert, Tensor? counts, Tensor(b!)? log_sums, Tensor? log_values,"
+    "(Tensor(a!)? tokens_per_expert, Tensor? counts, Tensor(b!)? log_sums, Tensor? log_values,"
     " Tensor? log_events, Tensor(c!)? aux_history, Tensor? aux_counts) -> ()",
 )
+
+
+@torch.library.impl("moe_layer::count_pass_", "default")
 def _count_pass(
     tokens_per_expert: Tensor | None,
     counts: Tensor | None,
@@ -33,7 +35,7 @@ def _count_pass(
             log_sums[first:].add_(log_events[: log_sums.numel() - first])
 
 
-@_count_pass.register_fake
+@torch.library.register_fake("moe_layer::count_pass_")
 def _(*_: Tensor | None) -> None:
     return None
 
