@@ -37,6 +37,13 @@ class Case:
         return self.ids_TK.shape[1]
 
 
+def config_for(backend: str, **keys: Any) -> DispatchConfig:
+    """A configuration of any backend: nvlink also wants to know how many tokens a rank may send."""
+    if backend == "nvlink":
+        keys = {"max_tokens_per_rank": 64} | keys
+    return DispatchConfig(backend=backend, **keys)  # type: ignore[arg-type]
+
+
 def make_case(
     seed: int, *, T: int, D: int, E: int, K: int, absent: float = 0.1, dtype: torch.dtype = torch.float32
 ) -> Case:

@@ -7,10 +7,10 @@ import torch
 
 from moe_layer.config.model import DispatchConfig
 from tests import oracle_dispatch
-from tests.distributed.cases import Case, assert_same_bits, even_cuts, joined, make_case, run_case
+from tests.distributed.cases import Case, assert_same_bits, config_for, even_cuts, joined, make_case, run_case
 from tests.distributed.ranks import ThreadRanks
 
-BACKENDS = ("all_to_all", "all_gather", "replicated")
+BACKENDS = ("all_to_all", "all_gather", "replicated", "nvlink")
 PROBS = ("activation", "combine", "source")
 
 
@@ -26,16 +26,16 @@ def test_ranks_do_not_change_bits(
     case = make_case(size + K, T=26, D=16, E=16, K=K)
     want = run_case(case, DispatchConfig(apply_probs=apply_probs, rows="expert_major"))
     assert_same_bits(run_case(case, DispatchConfig(apply_probs=apply_probs, rows="compact")), want)
-    config = DispatchConfig(backend=backend, apply_probs=apply_probs, rows=rows)
+    config = config_for(backend, apply_probs=apply_probs, rows=rows)
     got = joined(ranks.run(size, lambda context: run_case(case, config, context)), replicated=backend == "replicated")
     assert_same_bits(got, want)
 
 
-@pytest.mark.parametrize("backend", ["all_to_all", "all_gather"])
+@pytest.mark.parametrize("backend", ["all_to_all", "all_gather", "nvlink"])
 def test_any_split_of_the_tokens(ranks: ThreadRanks, backend: str) -> None:
     """Other token counts every step, zero on one or all ranks included, on the same groups."""
     g = torch.Generator().manual_seed(0)
-    config = DispatchConfig(backend=backend)
+    config = config_for(backend)
     for step in range(25):
         T = int(torch.randint(0, 30, (), generator=g)) if step % 8 else 0
         cuts = [0, *sorted(torch.randint(0, T + 1, (3,), generator=g).tolist()), T]
@@ -58,7 +58,7 @@ def test_idle_ranks_and_experts(ranks: ThreadRanks, backend: str, experts: list[
     """All tokens on one rank: the others give zeros, not None, and nobody hangs."""
     case = _only(make_case(3, T=10, D=8, E=8, K=2, absent=0.0), experts)
     want = run_case(case, DispatchConfig())
-    config = DispatchConfig(backend=backend)
+    config = config_for(backend)
     got = joined(ranks.run(4, lambda context: run_case(case, config, context)), replicated=backend == "replicated")
     assert_same_bits(got, want)
     idle = [e for e in range(8) if e not in experts]
@@ -68,7 +68,7 @@ def test_idle_ranks_and_experts(ranks: ThreadRanks, backend: str, experts: list[
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_slot_at_all(ranks: ThreadRanks, backend: str) -> None:
     case = make_case(4, T=6, D=8, E=8, K=2, absent=1.0)
-    config = DispatchConfig(backend=backend)
+    config = config_for(backend)
     got = joined(ranks.run(2, lambda context: run_case(case, config, context)), replicated=backend == "replicated")
     for tensor in (got.y, got.dx, got.dw, got.d_experts):
         assert torch.count_nonzero(tensor) == 0
@@ -78,7 +78,7 @@ def test_no_slot_at_all(ranks: ThreadRanks, backend: str) -> None:
 def test_twice_the_same_bits(ranks: ThreadRanks, backend: str) -> None:
     """Also for a number of ranks that does not divide the tree's blocks."""
     case = make_case(5, T=40, D=16, E=12, K=4)
-    config = DispatchConfig(backend=backend, combine_format="bf16")
+    config = config_for(backend, combine_format="bf16")
     first, second = (ranks.run(3, lambda context: run_case(case, config, context)) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert_same_bits(a, b)
@@ -100,7 +100,7 @@ def test_fp64_oracle(
 ) -> None:
     """Values and all gradients against literal loops, with random upstream gradients."""
     case = make_case(6, T=17, D=8, E=12, K=3, dtype=dtype)
-    config = DispatchConfig(backend=backend, apply_probs=apply_probs, rows=rows)
+    config = config_for(backend, apply_probs=apply_probs, rows=rows)
     replicated = backend == "replicated" and size > 1
     if size == 1:
         got = run_case(case, config)
@@ -140,7 +140,7 @@ def test_bf16_wire_rounds_local_rows_too(ranks: ThreadRanks, backend: str, apply
     one = run_case(case, DispatchConfig(combine_format="bf16", apply_probs=apply_probs))
     assert torch.equal(one.dx, one.dx.bfloat16().float())
     assert not torch.equal(one.y, run_case(case, DispatchConfig(apply_probs=apply_probs)).y)
-    config = DispatchConfig(backend=backend, combine_format="bf16", apply_probs=apply_probs)
+    config = config_for(backend, combine_format="bf16", apply_probs=apply_probs)
     got = joined(ranks.run(2, lambda context: run_case(case, config, context)), replicated=backend == "replicated")
     assert_same_bits(got, one)
 

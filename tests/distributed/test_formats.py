@@ -22,6 +22,7 @@ from tests.distributed.cases import (
     Result,
     apply_experts,
     assert_same_bits,
+    config_for,
     even_cuts,
     joined,
     make_case,
@@ -29,7 +30,7 @@ from tests.distributed.cases import (
 )
 from tests.distributed.ranks import ThreadRanks
 
-BACKENDS = ("all_to_all", "all_gather", "replicated")
+BACKENDS = ("all_to_all", "all_gather", "replicated", "nvlink")
 PROBS = ("activation", "combine", "source")
 FP8 = DispatchConfig(dispatch_format="fp8_1x128")
 TABLE = [m / 8 * 2.0**-6 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7) for e in range(16) for m in range(8)][:-1]
@@ -114,7 +115,7 @@ def test_ranks_do_not_change_bits(ranks: ThreadRanks, backend: str, apply_probs:
     want = run_case(case, DispatchConfig(**rounded, rows="expert_major"))
     assert_same_bits(run_case(case, DispatchConfig(**rounded, rows="compact")), want)
     for size in (2, 4):
-        assert_same_bits(run_ranks(ranks, size, case, DispatchConfig(**rounded, backend=backend, rows=rows)), want)
+        assert_same_bits(run_ranks(ranks, size, case, config_for(backend, **rounded, rows=rows)), want)
     unrounded = run_case(case, DispatchConfig(**plain))
     for name in ("y", "dx", "dw", "d_experts"):
         assert not torch.equal(getattr(want, name), getattr(unrounded, name)), name
@@ -132,13 +133,13 @@ def test_bf16_rows(ranks: ThreadRanks, backend: str, apply_probs: str) -> None:
     }
     want = run_case(case, DispatchConfig(**rounded))
     for size in (2, 4):
-        got = run_ranks(ranks, size, case, DispatchConfig(**rounded, backend=backend))
+        got = run_ranks(ranks, size, case, config_for(backend, **rounded))
         assert_same_bits(got, want)
 
 
-@pytest.mark.parametrize("backend", ["all_to_all", "all_gather"])
+@pytest.mark.parametrize("backend", ["all_to_all", "all_gather", "nvlink"])
 def test_uneven_and_idle_ranks(ranks: ThreadRanks, backend: str) -> None:
-    config = DispatchConfig(backend=backend, dispatch_format="fp8_1x128")
+    config = config_for(backend, dispatch_format="fp8_1x128")
     for T, cuts in ((9, [0, 0, 5, 5, 9]), (0, [0, 0, 0, 0, 0]), (7, [0, 7, 7, 7, 7])):
         case = make_case(T, T=T, D=40, E=8, K=2, absent=0.4)
         got = ranks.run(4, lambda context, case=case, cuts=cuts: run_case(case, config, context, cuts=cuts))
@@ -150,7 +151,7 @@ def test_uneven_and_idle_ranks(ranks: ThreadRanks, backend: str) -> None:
 def test_recompute(ranks: ThreadRanks, backend: str, reentrant: bool) -> None:
     """A checkpointed dispatch encodes again and changes no bit."""
     case = make_case(9, T=20, D=24, E=8, K=3)
-    config = DispatchConfig(backend=backend, dispatch_format="fp8_1x128")
+    config = config_for(backend, dispatch_format="fp8_1x128")
 
     def one(context: ParallelContext) -> tuple[Result, Result]:
         cuts, rank = even_cuts(20, 2), context.ep_rank

@@ -19,10 +19,10 @@ from moe_layer.dispatch.wire import compat
 from moe_layer.errors import ConfigError, RankMismatch, RoutingError
 from moe_layer.parallel.context import ParallelContext
 from moe_layer.types import Routing
-from tests.distributed.cases import Case, assert_same_bits, even_cuts, joined, make_case, run_case
+from tests.distributed.cases import Case, assert_same_bits, config_for, even_cuts, joined, make_case, run_case
 from tests.distributed.ranks import ThreadRanks
 
-BACKENDS = ("all_to_all", "all_gather", "replicated")
+BACKENDS = ("all_to_all", "all_gather", "replicated", "nvlink")
 PROBS = ("activation", "combine", "source")
 FP8 = DispatchConfig(dispatch_format="fp8_1x128")
 
@@ -77,8 +77,8 @@ def test_bytes_on_the_wire(
 ) -> None:
     """Each row out takes D bytes of values and 4 a block of scales, in dispatch and in combine's backward."""
     case = make_case(7, T=22, D=D, E=4, K=2, dtype=dtype)
-    plain = wire_bytes(ranks, monkeypatch, case, DispatchConfig(backend=backend))
-    fp8 = wire_bytes(ranks, monkeypatch, case, DispatchConfig(backend=backend, dispatch_format="fp8_1x128"))
+    plain = wire_bytes(ranks, monkeypatch, case, config_for(backend))
+    fp8 = wire_bytes(ranks, monkeypatch, case, config_for(backend, dispatch_format="fp8_1x128"))
     rows, message = rows_sent(case, backend), D + 4 * 2
     assert Fp8BlockFormat(D).msg_bytes == message
     assert sum(plain) - sum(fp8) == 2 * rows * (D * dtype.itemsize - message)
@@ -115,7 +115,7 @@ class Int8Rows:
 def test_int8_format_without_touching_the_dispatcher(ranks: ThreadRanks, backend: str, apply_probs: str) -> None:
     case, form = make_case(8, T=22, D=24, E=8, K=3), Int8Rows(24)
     want = run_case(case, DispatchConfig(apply_probs=apply_probs), token_format=form)
-    config = DispatchConfig(backend=backend, apply_probs=apply_probs)
+    config = config_for(backend, apply_probs=apply_probs)
     for size in (2, 4):
         got = ranks.run(size, lambda context: run_case(case, config, context, token_format=form))
         assert_same_bits(joined(got, replicated=backend == "replicated"), want)

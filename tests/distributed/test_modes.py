@@ -14,10 +14,19 @@ from moe_layer.errors import CapacityError, ConfigError, DispatchTimeout, RankMi
 from moe_layer.parallel.context import ParallelContext
 from moe_layer.types import Received, Routing
 from tests import oracle_dispatch
-from tests.distributed.cases import Case, apply_experts, assert_same_bits, even_cuts, joined, make_case, run_case
+from tests.distributed.cases import (
+    Case,
+    apply_experts,
+    assert_same_bits,
+    config_for,
+    even_cuts,
+    joined,
+    make_case,
+    run_case,
+)
 from tests.distributed.ranks import ThreadRanks
 
-BACKENDS = ("all_to_all", "all_gather", "replicated")
+BACKENDS = ("all_to_all", "all_gather", "replicated", "nvlink")
 
 
 def routing_of(case: Case, mine: slice, w: torch.Tensor | None = None) -> Routing:
@@ -44,7 +53,7 @@ def receive(case: Case, config: DispatchConfig, context: ParallelContext | None)
 def test_received_against_loops(ranks: ThreadRanks, size: int, backend: str, rows: str, alignment: int) -> None:
     """Every field: order, pads, probabilities, offsets, counts, maps."""
     case = make_case(size, T=22, D=4, E=8, K=3)
-    config = DispatchConfig(backend=backend, rows=rows, alignment=alignment)
+    config = config_for(backend, rows=rows, alignment=alignment)
     got = (
         [receive(case, config, None)] if size == 1 else ranks.run(size, lambda context: receive(case, config, context))
     )
@@ -86,7 +95,7 @@ def test_received_against_loops(ranks: ThreadRanks, size: int, backend: str, row
             assert all(want[n][0] == e for n, e in zip(slots, owners, strict=True) if n >= 0)  # type: ignore[index]
 
 
-@pytest.mark.parametrize("backend", ["all_to_all", "all_gather"])
+@pytest.mark.parametrize("backend", ["all_to_all", "all_gather", "nvlink"])
 @pytest.mark.parametrize("apply_probs", ["activation", "combine", "source"])
 @pytest.mark.parametrize("alignment", [8, 128])
 def test_alignment_changes_no_value(ranks: ThreadRanks, backend: str, apply_probs: str, alignment: int) -> None:
@@ -94,7 +103,7 @@ def test_alignment_changes_no_value(ranks: ThreadRanks, backend: str, apply_prob
     case = make_case(1, T=22, D=8, E=8, K=3)
     want = run_case(case, DispatchConfig(apply_probs=apply_probs))
     assert_same_bits(run_case(case, DispatchConfig(apply_probs=apply_probs, alignment=alignment)), want)
-    config = DispatchConfig(backend=backend, apply_probs=apply_probs, alignment=alignment)
+    config = config_for(backend, apply_probs=apply_probs, alignment=alignment)
     assert_same_bits(joined(ranks.run(2, lambda context: run_case(case, config, context))), want)
 
 
@@ -139,13 +148,12 @@ def _dropped(case: Case, *, size: int, capacity: int) -> set[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("backend", ["all_to_all", "all_gather"])
+@pytest.mark.parametrize("backend", ["all_to_all", "all_gather", "nvlink"])
 @pytest.mark.parametrize("apply_probs", ["activation", "source"])
 def test_overflow_drops_from_the_last_token_down(ranks: ThreadRanks, size: int, backend: str, apply_probs: str) -> None:
     case = make_case(3, T=24, D=8, E=8, K=3)
-    config = DispatchConfig(
-        backend=backend, capacity="static", static_factor=0.6, overflow="drop", apply_probs=apply_probs
-    )
+    keys = {"max_tokens_per_rank": 24 // size} if backend == "nvlink" else {}
+    config = config_for(backend, capacity="static", static_factor=0.6, overflow="drop", apply_probs=apply_probs, **keys)
     capacity = math.ceil(0.6 * (24 // size) * 3)
     lost = _dropped(case, size=size, capacity=capacity)
     assert lost

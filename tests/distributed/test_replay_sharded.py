@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from moe_layer import MoELayer, RoutingSession, RoutingTrace
 from moe_layer.compat.mojo_opset import MojoMoE
-from moe_layer.config import DispatchConfig, ExpertsConfig, MoEConfig, ReplayConfig, RouterConfig
+from moe_layer.config import ExpertsConfig, MoEConfig, ReplayConfig, RouterConfig
 from moe_layer.parallel.context import ParallelContext
 from moe_layer.replay import index_map
-from tests.distributed.cases import even_cuts
+from tests.distributed.cases import config_for, even_cuts
 from tests.distributed.ranks import ThreadRanks
 from tests.unit.replay_models import Model, make_model, make_trace, random_ids
 
 D, F, E, K, T = 32, 24, 8, 2, 24
-BACKENDS = ("all_to_all", "all_gather", "replicated")
+BACKENDS = ("all_to_all", "all_gather", "replicated", "nvlink")
 
 
 def config(backend: str = "auto", weight_format: str = "input") -> MoEConfig:
@@ -26,7 +26,7 @@ def config(backend: str = "auto", weight_format: str = "input") -> MoEConfig:
         hidden_size=D,
         router=RouterConfig(num_experts=E, top_k=K),
         experts=ExpertsConfig(intermediate_size=F, init_std=0.2, weight_format=weight_format),  # type: ignore[arg-type]
-        dispatch=DispatchConfig(backend=backend),  # type: ignore[arg-type]
+        dispatch=config_for(backend),
     )
 
 

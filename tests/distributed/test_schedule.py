@@ -15,10 +15,19 @@ from moe_layer.config.model import DispatchConfig
 from moe_layer.dispatch import Dispatcher, make_dispatcher
 from moe_layer.parallel.context import ParallelContext
 from moe_layer.types import Routing
-from tests.distributed.cases import Case, Result, apply_experts, assert_same_bits, even_cuts, make_case, run_case
+from tests.distributed.cases import (
+    Case,
+    Result,
+    apply_experts,
+    assert_same_bits,
+    config_for,
+    even_cuts,
+    make_case,
+    run_case,
+)
 from tests.distributed.ranks import ThreadRanks
 
-BACKENDS = ("all_to_all", "all_gather", "replicated")
+BACKENDS = ("all_to_all", "all_gather", "replicated", "nvlink")
 
 
 class Share:
@@ -45,9 +54,7 @@ class Share:
 
 
 def _bound(context: ParallelContext, case: Case, backend: str) -> Dispatcher:
-    return make_dispatcher(
-        DispatchConfig(backend=backend), num_experts=case.num_experts, top_k=case.top_k, context=context
-    )
+    return make_dispatcher(config_for(backend), num_experts=case.num_experts, top_k=case.top_k, context=context)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -57,7 +64,7 @@ def test_two_micro_batches_in_flight(ranks: ThreadRanks, backend: str, order: tu
     cases = [make_case(seed, T=20 + seed, D=8, E=8, K=3) for seed in range(2)]
 
     def one(context: ParallelContext) -> list[tuple[Result, Result]]:
-        alone = [run_case(case, DispatchConfig(backend=backend), context) for case in cases]
+        alone = [run_case(case, config_for(backend), context) for case in cases]
         dispatcher = _bound(context, cases[0], backend)
         shares = [Share(case, context, replicated=backend == "replicated") for case in cases]
         ys = [share.forward(dispatcher, share.x, share.w) for share in shares]
@@ -76,7 +83,7 @@ def test_halves_interleave(ranks: ThreadRanks, backend: str) -> None:
     cases = [make_case(seed, T=20, D=8, E=8, K=3) for seed in range(2)]
 
     def one(context: ParallelContext) -> list[tuple[Result, Result]]:
-        alone = [run_case(case, DispatchConfig(backend=backend), context) for case in cases]
+        alone = [run_case(case, config_for(backend), context) for case in cases]
         d = _bound(context, cases[0], backend)
         shares = [Share(case, context, replicated=backend == "replicated") for case in cases]
         plans = [d.prepare(share.ids) for share in shares]
@@ -107,7 +114,7 @@ def test_checkpointing(ranks: ThreadRanks, backend: str, reentrant: bool, micro_
     cases = [make_case(seed, T=20, D=8, E=8, K=3) for seed in range(micro_batches)]
 
     def one(context: ParallelContext) -> list[tuple[Result, Result]]:
-        alone = [run_case(case, DispatchConfig(backend=backend), context) for case in cases]
+        alone = [run_case(case, config_for(backend), context) for case in cases]
         d = _bound(context, cases[0], backend)
         shares = [Share(case, context, replicated=backend == "replicated") for case in cases]
         ys = []
@@ -124,7 +131,7 @@ def test_checkpointing(ranks: ThreadRanks, backend: str, reentrant: bool, micro_
         for y, share in reversed(list(zip(ys, shares, strict=True))):
             y.backward(share.dy)
         # the link is in step: nothing was left half done
-        again = run_case(cases[0], DispatchConfig(backend=backend), context)
+        again = run_case(cases[0], config_for(backend), context)
         assert_same_bits(again, alone[0])
         return [(share.result(y), want) for share, y, want in zip(shares, ys, alone, strict=True)]
 
