@@ -136,6 +136,8 @@ def make(context: ParallelContext | None, **options: Any) -> AllToAll:
 
 
 def config_of(backend: str = "auto", **options: Any) -> DispatchConfig:
+    if backend == "nvlink":
+        options["max_tokens_per_rank"] = MOST
     return DispatchConfig(backend=backend, apply_probs="source", **options)  # type: ignore[arg-type]
 
 

@@ -36,7 +36,7 @@ LAYOUTS = [("padded", 1), ("contiguous", 1), ("contiguous", 8), ("padded", 8)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("backend", ["auto", "all_gather", "replicated"])
+@pytest.mark.parametrize("backend", ["auto", "all_gather", "replicated", "nvlink"])
 @pytest.mark.parametrize(("layout", "alignment"), LAYOUTS)
 @pytest.mark.parametrize("prob", [True, False])
 def test_there_and_back_against_loops(
@@ -113,7 +113,7 @@ def test_halves_of_two_objects_interleaved(ranks: ThreadRanks, size: int) -> Non
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("backend", ["auto", "all_gather"])
+@pytest.mark.parametrize("backend", ["auto", "all_gather", "nvlink"])
 def test_bound_m(ranks: ThreadRanks, size: int, backend: str) -> None:
     """Tokens past the bound are not sent, their output rows stay untouched; garbage there does not matter."""
     dtypes = [torch.int64, torch.uint32, torch.int32, torch.int32]
@@ -146,7 +146,7 @@ def test_bound_m(ranks: ThreadRanks, size: int, backend: str) -> None:
     on_ranks(ranks, size, one)
 
 
-@pytest.mark.parametrize("backend", ["auto", "all_gather"])
+@pytest.mark.parametrize("backend", ["auto", "all_gather", "nvlink"])
 def test_the_same_bits_at_any_number_of_ranks(ranks: ThreadRanks, backend: str) -> None:
     """fp32 rows: out_tokens of 1, 2 and 4 ranks that share the same tokens."""
     whole = make_tokens(70, 8)
