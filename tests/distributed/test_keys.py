@@ -14,6 +14,7 @@ from moe_layer.errors import DispatchTimeout
 from moe_layer.parallel.context import ParallelContext
 from moe_layer.router import Router
 from moe_layer.types import Received, Routing
+from tests.distributed.cases import config_for
 from tests.distributed.pool import Pool
 from tests.distributed.ranks import ThreadRanks
 
@@ -31,13 +32,14 @@ def _dispatch(config: DispatchConfig, context: ParallelContext) -> tuple[Receive
 
 
 def test_backend(ranks: ThreadRanks) -> None:
-    """all_to_all sends rank 1 nothing, all_gather every token of both ranks, replicated takes the six at hand."""
+    """all_to_all and nvlink send rank 1 nothing, all_gather every token of both, replicated takes the six at hand."""
     rows = {}
-    for backend in ("auto", "all_to_all", "all_gather", "replicated"):
-        config = replace(BASE, backend=backend)
+    for backend in ("auto", "all_to_all", "nvlink", "all_gather", "replicated"):
+        config = config_for(backend, rows="compact")
         found = ranks.run(2, lambda context, config=config: _dispatch(config, context)[0].rows.shape[0])
         rows[backend] = tuple(found)
-    assert rows == {"auto": (12, 0), "all_to_all": (12, 0), "all_gather": (12, 12), "replicated": (6, 6)}
+    sparse = dict.fromkeys(("auto", "all_to_all", "nvlink"), (12, 0))
+    assert rows == sparse | {"all_gather": (12, 12), "replicated": (6, 6)}
 
 
 def test_reduce(ranks: ThreadRanks) -> None:

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from moe_layer.config.model import DispatchConfig, ExpertsConfig, MoEConfig, RouterConfig, SharedExpertConfig
+from moe_layer.config.model import ExpertsConfig, MoEConfig, RouterConfig, SharedExpertConfig
 from moe_layer.errors import RankMismatch
 from moe_layer.layer import MoELayer
 from moe_layer.parallel import parallelize
+from tests.distributed.cases import config_for
 from tests.distributed.pool import Pool
 
 pytestmark = pytest.mark.dist
@@ -25,7 +26,7 @@ def make(mode: str, backend: str, *, reduce: bool = True, rows: str = "auto", ga
         router=RouterConfig(num_experts=8, top_k=3),
         experts=ExpertsConfig(intermediate_size=12, init_std=0.3),
         shared_expert=SharedExpertConfig(intermediate_size=12, gate=gate, mode=mode),
-        dispatch=DispatchConfig(backend=backend, deadline_s=20, reduce=reduce, rows=rows),
+        dispatch=config_for(backend, deadline_s=20, reduce=reduce, rows=rows),
     )
     torch.manual_seed(4)
     return MoELayer(config, dtype=torch.float64)
@@ -61,7 +62,7 @@ def assert_close(got: Tensor, want: Tensor, name: str) -> None:
 
 @pytest.mark.parametrize("ep", [2, 4])
 @pytest.mark.parametrize("rows", ["expert_major", "compact"])
-@pytest.mark.parametrize("backend", ["all_to_all", "all_gather"])
+@pytest.mark.parametrize("backend", ["all_to_all", "all_gather", "nvlink"])
 def test_tokens_of_their_own(pool: Pool, backend: str, ep: int, rows: str) -> None:
     """Every rank has its tokens: y and dx join, dense gradients add up, experts have theirs."""
     want = run(make("overlap", "auto"), slice(None))

@@ -14,17 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from moe_layer.config.model import (
-    DispatchConfig,
-    ExpertsConfig,
-    LossesConfig,
-    MoEConfig,
-    RouterConfig,
-    SharedExpertConfig,
-)
+from moe_layer.config.model import ExpertsConfig, LossesConfig, MoEConfig, RouterConfig, SharedExpertConfig
 from moe_layer.errors import ConfigError
 from moe_layer.layer import MoELayer
 from moe_layer.parallel import clip_grad_norm, parallelize, sync_gradients
+from tests.distributed.cases import config_for
 from tests.distributed.pool import Pool
 
 pytestmark = pytest.mark.dist
@@ -38,7 +32,7 @@ def config(backend: str = "auto", aux: float = 0.01) -> MoEConfig:
         experts=ExpertsConfig(intermediate_size=12, init_std=0.2),
         shared_expert=SharedExpertConfig(intermediate_size=8),
         losses=LossesConfig(aux="batch", aux_coeff=aux) if aux else LossesConfig(),
-        dispatch=DispatchConfig(backend=backend, deadline_s=20),
+        dispatch=config_for(backend, deadline_s=20),
     )
 
 
@@ -84,9 +78,9 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def on_mesh(dp: int, ep: int, steps: int) -> tuple[list[float], list[float], dict[str, Tensor]]:
+def on_mesh(dp: int, ep: int, steps: int, backend: str) -> tuple[list[float], list[float], dict[str, Tensor]]:
     mesh = init_device_mesh("cpu", (dp, ep), mesh_dim_names=("dp", "ep"))
-    model = Model(config())
+    model = Model(config(backend))
     if dist.get_rank() > 0:
         with torch.no_grad():
             model.embed.weight.zero_()  # the first rank's value counts
@@ -102,12 +96,15 @@ def on_mesh(dp: int, ep: int, steps: int) -> tuple[list[float], list[float], dic
     return losses, norms, state
 
 
-@pytest.mark.parametrize(("dp", "ep"), [(1, 4), (2, 2), (4, 1)])
-def test_meshes_train_like_one_rank(pool: Pool, dp: int, ep: int) -> None:
+@pytest.mark.parametrize(
+    ("dp", "ep", "backend"),
+    [(1, 4, "auto"), (2, 2, "auto"), (4, 1, "auto"), (1, 4, "nvlink"), (2, 2, "nvlink")],
+)
+def test_meshes_train_like_one_rank(pool: Pool, dp: int, ep: int, backend: str) -> None:
     """Mean loss, gradient norm, all parameters after 6 steps; the auxiliary loss spans all ranks."""
     model = Model(config())
     losses, norms = train(model, share=slice(None), steps=6, average=False)
-    results = pool.run(on_mesh, dp, ep, 6)
+    results = pool.run(on_mesh, dp, ep, 6, backend)
     for step in range(6):
         mean = sum(result[0][step] for result in results) / 4
         assert math.isclose(mean, losses[step], rel_tol=2e-6), (step, mean, losses[step])
