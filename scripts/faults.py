@@ -1,6 +1,7 @@
 """Inject faults into expert-parallel training over gloo and judge what the surviving ranks report.
 
     python scripts/faults.py --n 200 --deadline 2 --seed 0 [--ranks 3] [--jobs 2] [--kinds kill,stop] [--json F]
+    python scripts/faults.py --backend nvlink   # the windows of that dispatcher, in memory that the processes share
 
 Each injection starts a group of ranks that train two MoE layers, and breaks one of them at a random step, layer and
 place (before the dispatch, inside the experts, in backward):
@@ -88,7 +89,9 @@ def strike(kind: str, *, deadline_s: float) -> None:
         raise Fault("a bug in the model")
 
 
-def worker(rank: int, ranks: int, port: int, injection: Injection, deadline_s: float, report: Connection) -> None:
+def worker(
+    rank: int, ranks: int, port: int, injection: Injection, deadline_s: float, backend: str, report: Connection
+) -> None:
     """Train until the fault; send ("injected", time) or ("raised", type, text, time)."""
     from datetime import timedelta
 
@@ -99,13 +102,13 @@ def worker(rank: int, ranks: int, port: int, injection: Injection, deadline_s: f
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=20))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=deadline_s + 2))
     try:
-        train(rank, ranks, injection, deadline_s, report)
+        train(rank, ranks, injection, deadline_s, backend, report)
         report.send(("finished", "", "", time.time()))
     except Exception as error:
         report.send(("raised", type(error).__name__, str(error), time.time()))
 
 
-def train(rank: int, ranks: int, injection: Injection, deadline_s: float, report: Connection) -> None:
+def train(rank: int, ranks: int, injection: Injection, deadline_s: float, backend: str, report: Connection) -> None:
     import torch
     from torch import nn
     from torch.distributed.device_mesh import init_device_mesh
@@ -115,11 +118,12 @@ def train(rank: int, ranks: int, injection: Injection, deadline_s: float, report
     from moe_layer.parallel import parallelize, sync_gradients
 
     torch.manual_seed(0)
+    most = TOKENS if backend == "nvlink" else None
     config = MoEConfig(
         hidden_size=HIDDEN,
         router=RouterConfig(num_experts=EXPERTS, top_k=2),
         experts=ExpertsConfig(intermediate_size=4),
-        dispatch=DispatchConfig(deadline_s=deadline_s),
+        dispatch=DispatchConfig(backend=backend, max_tokens_per_rank=most, deadline_s=deadline_s),  # type: ignore[arg-type]
     )
     model = nn.ModuleList(MoELayer(config) for _ in range(LAYERS))
     context = parallelize(model, init_device_mesh("cpu", (1, ranks), mesh_dim_names=("dp", "ep")))
@@ -172,7 +176,7 @@ def faulty_layer(layer: Any, x: Any, injection: Injection, deadline_s: float, re
 # ---- outside ------------------------------------------------------------------------------------------------------
 
 
-def inject(injection: Injection, *, ranks: int, deadline_s: float, slack_s: float) -> Outcome:
+def inject(injection: Injection, *, ranks: int, deadline_s: float, slack_s: float, backend: str) -> Outcome:
     """Run one injection to its end. The store lives here, as with torchrun, not in a rank."""
     import torch.distributed as dist
 
@@ -181,7 +185,9 @@ def inject(injection: Injection, *, ranks: int, deadline_s: float, slack_s: floa
     pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
     processes = [
         context.Process(
-            target=worker, args=(rank, ranks, store.port, injection, deadline_s, pipes[rank][1]), daemon=True
+            target=worker,
+            args=(rank, ranks, store.port, injection, deadline_s, backend, pipes[rank][1]),
+            daemon=True,
         )
         for rank in range(ranks)
     ]
@@ -252,7 +258,8 @@ def judge(
             outcome.problems.append(f"rank {rank} {what} {kind} {text}".strip())
             continue
         victim = injection.victim
-        named = f"ranks [{victim}] of" in text if kind == "DispatchTimeout" else f"rank {victim} has" in text
+        names = [f"ranks [{victim}] of"] if kind == "DispatchTimeout" else [f"rank {victim} {v}" for v in ("has", "is")]
+        named = any(name in text for name in names)
         if not named or "phase" not in text or "step" not in text:
             outcome.problems.append(f"rank {rank} does not name rank {victim}, step and phase: {text}")
         if injected is not None:
@@ -269,6 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="injections at a time")
     parser.add_argument("--slack", type=float, default=2.0, help="seconds more for a busy machine")
+    parser.add_argument("--backend", choices=("all_to_all", "nvlink"), default="all_to_all", help="dispatch.backend")
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--json", type=Path, help="write every outcome here")
     args = parser.parse_args(arguments)
@@ -283,7 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
     injections = [draw(rng, kind=kinds[i % len(kinds)], ranks=args.ranks) for i in range(args.n)]
 
     def one(injection: Injection) -> Outcome:
-        return inject(injection, ranks=args.ranks, deadline_s=args.deadline, slack_s=args.slack)
+        return inject(injection, ranks=args.ranks, deadline_s=args.deadline, slack_s=args.slack, backend=args.backend)
 
     outcomes = []
     with ThreadPoolExecutor(args.jobs) as threads:
