@@ -213,6 +213,7 @@ class Received:
         ids_CK: int32 [N_c, K]: global expert ids of the compact rows' slots, -1 when the slot is not local.
         plan: the source plan. state: private to the dispatcher backend that made this value.
         link: see `GradientLink`; None where gradients take the ordinary way.
+        scales: of rows that the caller quantised (`x_scale`), one row of them a row of `rows`, else None.
     """
 
     rows: Tensor
@@ -229,6 +230,7 @@ class Received:
     plan: DispatchPlan
     state: Any = None
     link: GradientLink | None = None
+    scales: Tensor | None = None
 
     @property
     def expert_ids_L(self) -> Tensor:

@@ -21,27 +21,53 @@ class Dispatcher(Protocol):
         """The plan of these ids, without communication."""
         ...
 
-    def dispatch_send(self, x_TD: Tensor, routing: Routing, plan: DispatchPlan | None = None) -> tuple[Any, Tensor]:
-        """Start moving rows; returns a handle and the token that joins the halves in the autograd graph."""
+    def dispatch_send(
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        plan: DispatchPlan | None = None,
+        *,
+        num_tokens: Tensor | None = None,
+        x_scale: Tensor | None = None,
+    ) -> tuple[Any, Tensor]:
+        """Start moving rows; returns a handle and the token that joins the halves in the autograd graph.
+
+        `num_tokens`: rows of x from this one on are padding. `x_scale`: `[T, S]` scales of an x that the caller
+        quantised. See `moe_layer.dispatch.options`.
+        """
         ...
 
-    def dispatch_recv(self, handle: Any, token: Tensor) -> Received:
-        """Wait for the rows of the local experts."""
+    def dispatch_recv(self, handle: Any, token: Tensor, *, out: Tensor | None = None) -> Received:
+        """Wait for the rows of the local experts; `out`: the caller's buffer for them."""
         ...
 
     def combine_send(self, rows: Tensor, received: Received) -> tuple[Any, Tensor]:
         """Start sending the experts' outputs home."""
         ...
 
-    def combine_recv(self, handle: Any, token: Tensor, add: Tensor | None = None) -> Tensor:
-        """Wait for them; returns `[T, D]` in x's dtype, `add` (a shared expert's output) joined in fp32."""
+    def combine_recv(
+        self, handle: Any, token: Tensor, add: Tensor | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
+        """Wait for them; returns `[T, D]` in x's dtype (the rows' where x was quantised), `add` (a shared expert's
+        output) joined in fp32; `out`: the caller's buffer for it."""
         ...
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> Received:
+    def dispatch(
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        plan: DispatchPlan | None = None,
+        *,
+        num_tokens: Tensor | None = None,
+        x_scale: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Received:
         """`dispatch_send` and `dispatch_recv` in a row."""
         ...
 
-    def combine(self, rows: Tensor, received: Received, add: Tensor | None = None) -> Tensor:
+    def combine(
+        self, rows: Tensor, received: Received, add: Tensor | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
         """`combine_send` and `combine_recv` in a row."""
         ...
 

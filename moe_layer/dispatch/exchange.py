@@ -12,7 +12,7 @@ Shape letters: T tokens, C compact rows, K slots, N expert-major rows, D hidden,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from moe_layer.config.model import DispatchConfig
 from moe_layer.dispatch.arrange import Arrangement, arrange, gather_slots, scatter_slots
 from moe_layer.dispatch.base import finish, round_to_wire, wire_dtype
 from moe_layer.dispatch.formats import InputFormat, TokenFormat, encode_rows, format_for, round_gradient
+from moe_layer.dispatch.options import CallerRows, caller_rows, deliver, into, limit_tokens
 from moe_layer.dispatch.plan import make_plan
 from moe_layer.dispatch.route import Pending, Route, pick_home, sum_home, sum_position
 from moe_layer.dispatch.source import SlotTrip
@@ -39,6 +40,7 @@ class Call:
     Attributes:
         format: of the rows that travel out; `dual()` is that of the d(sum) rows in combine's backward.
         pending: the trip under way between a send and its recv (one per direction, forward or backward).
+        scale_CS: scales of rows that the caller quantised, set by dispatch_recv.
         dropped_TR: bool, set by combine_recv under `overflow: drop`: pairs whose rank had no room.
     """
 
@@ -51,6 +53,7 @@ class Call:
     format: TokenFormat
     weights_TK: Tensor | None = None
     arranged: Arrangement | None = None
+    scale_CS: Tensor | None = None
     dropped_TR: Tensor | None = None
     pending: dict[str, Pending] = field(default_factory=dict)
 
@@ -96,10 +99,22 @@ class ExchangeDispatcher:
         return make_plan(ids_TK, num_experts=self.num_experts, num_ranks=self.link.size)
 
     @torch.compiler.disable(reason="dispatch over several ranks talks to its peers: a documented graph break")
-    def dispatch_send(self, x_TD: Tensor, routing: Routing, plan: DispatchPlan | None = None) -> tuple[Call, Tensor]:
-        plan = self.prepare(routing.ids_TK) if plan is None else plan
+    def dispatch_send(
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        plan: DispatchPlan | None = None,
+        *,
+        num_tokens: Tensor | None = None,
+        x_scale: Tensor | None = None,
+    ) -> tuple[Any, Tensor]:
         self._check_input(x_TD, routing)
-        form = format_for(self.config, self.token_format, hidden=x_TD.shape[1], dtype=x_TD.dtype)
+        routing = limit_tokens(routing, num_tokens, planned=plan is not None)
+        plan = self.prepare(routing.ids_TK) if plan is None else plan
+        if x_scale is None:
+            form = format_for(self.config, self.token_format, hidden=x_TD.shape[1], dtype=x_TD.dtype)
+        else:
+            form = caller_rows(x_TD, x_scale, self.token_format)
         route, weights_dtype = self.open_route(self.link, plan), routing.weights_TK.dtype
         call = Call(self, route, self.link, plan, x_TD.dtype, weights_dtype, form)
         if self.probs_at_home:
@@ -107,13 +122,17 @@ class ExchangeDispatcher:
         return call, _DispatchSend.apply(x_TD, routing.weights_TK, call)
 
     @torch.compiler.disable(reason="dispatch over several ranks talks to its peers: a documented graph break")
-    def dispatch_recv(self, handle: Call, token: Tensor) -> Received:
+    def dispatch_recv(self, handle: Any, token: Tensor, *, out: Tensor | None = None) -> Received:
         rows, probs_N = _DispatchRecv.apply(token, handle)
         arranged = handle.arranged
         assert arranged is not None
         order = arranged.order
         compact = self.config.rows == "compact"
-        return Received(
+        scales = handle.scale_CS
+        if scales is not None:
+            rows = rows.view(handle.dtype)
+            scales = scales if compact else gather_rows(scales, arranged.compact_N)
+        received = Received(
             rows=rows,
             index_N=arranged.compact_N.clamp_min(0) if compact else None,
             probs_N=probs_N,
@@ -127,11 +146,15 @@ class ExchangeDispatcher:
             ids_CK=arranged.ids_CK,
             plan=handle.plan,
             state=handle,
+            scales=scales,
         )
+        return deliver(received, out)
 
     @torch.compiler.disable(reason="dispatch over several ranks talks to its peers: a documented graph break")
     def combine_send(self, rows: Tensor, received: Received) -> tuple[Any, Tensor]:
         call: Call = received.state
+        if call.scale_CS is not None:  # x was quantised: y has the experts' dtype
+            call = replace(call, dtype=rows.dtype)
         if self.probs_at_home:
             trip: Any = SlotTrip(call, dual=call.dual(rows))
         elif self.config.apply_probs == "activation":
@@ -147,15 +170,30 @@ class ExchangeDispatcher:
         return trip, _CombineSend.apply(rows, trip)
 
     @torch.compiler.disable(reason="dispatch over several ranks talks to its peers: a documented graph break")
-    def combine_recv(self, handle: Any, token: Tensor, add: Tensor | None = None) -> Tensor:
+    def combine_recv(
+        self, handle: Any, token: Tensor, add: Tensor | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
         sum_TD = _CombineRecv.apply(token, handle.call.weights_TK, handle)
-        return finish(sum_TD, add, dtype=handle.call.dtype)
+        y_TD = finish(sum_TD, add, dtype=handle.call.dtype)
+        return y_TD if out is None else into(y_TD, out, "out")
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, plan: DispatchPlan | None = None) -> Received:
-        return self.dispatch_recv(*self.dispatch_send(x_TD, routing, plan))
+    def dispatch(
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        plan: DispatchPlan | None = None,
+        *,
+        num_tokens: Tensor | None = None,
+        x_scale: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Received:
+        sent = self.dispatch_send(x_TD, routing, plan, num_tokens=num_tokens, x_scale=x_scale)
+        return self.dispatch_recv(*sent, out=out)
 
-    def combine(self, rows: Tensor, received: Received, add: Tensor | None = None) -> Tensor:
-        return self.combine_recv(*self.combine_send(rows, received), add)
+    def combine(
+        self, rows: Tensor, received: Received, add: Tensor | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
+        return self.combine_recv(*self.combine_send(rows, received), add, out=out)
 
     def check(self) -> None:
         """Raise DispatchTimeout when an earlier call found the group unusable."""
@@ -233,13 +271,13 @@ class _DispatchSend(torch.autograd.Function):
         if not call.dispatcher.probs_at_home:
             tensors.append(weights_TK)
         call.pending["dispatch"] = call.route.out(call.link.at("dispatch"), tensors)
-        return x_TD.new_empty(0)
+        return weights_TK.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, d_token: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, d_token: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         call: Call = ctx.call
         home_SD, *home = call.pending.pop("dispatch backward").wait()
-        dx_TD = sum_home(home_SD, sum_position(call.route)).to(call.dtype)
+        dx_TD = None if call.scale_CS is not None else sum_home(home_SD, sum_position(call.route)).to(call.dtype)
         if not home:
             return dx_TD, None, None
         d_weights_TK = pick_home(home[0], call.route.position_TR, rank_TK=call.rank_TK())
@@ -254,6 +292,8 @@ class _DispatchRecv(torch.autograd.Function):
         weights = None if d.probs_at_home else arrived.pop()
         *payload, meta = arrived
         x_CD = call.format.decode(payload, dtype=call.dtype)
+        if isinstance(call.format, CallerRows):
+            call.scale_CS = payload[1]
         call.arranged = arranged = _arrange(call, ids_CK=meta[:, :-1] - 1, token_C=meta[:, -1])
         order = arranged.order
         if weights is None:
@@ -270,18 +310,19 @@ class _DispatchRecv(torch.autograd.Function):
         d = call.dispatcher
         assert call.arranged is not None
         order = call.arranged.order
-        part_CD = (
-            d_rows
-            if d.config.rows == "compact"
-            else tree_reduce(
+        if call.scale_CS is not None:  # quantised by the caller: no gradient, but the header wants rows
+            part_CD = d_probs_N.new_zeros(call.scale_CS.shape[0], 1)
+        elif d.config.rows == "compact":
+            part_CD = d_rows
+        else:
+            part_CD = tree_reduce(
                 d_rows, order.row_CK, ids_MK=call.arranged.ids_CK, num_experts=d.num_experts, blocks=d.blocks
             )
-        )
-        tensors = [part_CD.to(call.wire)]
+        tensors = [part_CD if call.scale_CS is not None else part_CD.to(call.wire)]
         if not d.probs_at_home:
             tensors.append(scatter_slots(d_probs_N, order.row_CK))
         call.pending["dispatch backward"] = call.route.back(call.link.at("dispatch backward"), tensors)
-        return d_rows.new_zeros(0), None
+        return d_probs_N.new_zeros(0), None
 
 
 def _arrange(call: Call, *, ids_CK: Tensor, token_C: Tensor) -> Arrangement:

@@ -3,7 +3,7 @@ expert-major rows are gathered from them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from moe_layer.config.model import DispatchConfig
 from moe_layer.dispatch.arrange import GatherProbs, arrange
 from moe_layer.dispatch.base import finish, padded_rows, round_to_wire, wire_dtype
 from moe_layer.dispatch.formats import TokenFormat, after_trip, format_for, round_gradient, round_rows
+from moe_layer.dispatch.options import caller_rows, deliver, into, limit_tokens
 from moe_layer.dispatch.plan import make_plan
 from moe_layer.ops.gather_rows import gather_rows
 from moe_layer.ops.sort_slots import SlotOrder, pad_to_capacity, sort_slots
@@ -55,7 +56,17 @@ class LocalDispatcher:
     def prepare(self, ids_TK: Tensor) -> DispatchPlan:
         return make_plan(ids_TK, num_experts=self.num_experts, num_ranks=1)
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, plan: DispatchPlan | None = None) -> Received:
+    def dispatch(
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        plan: DispatchPlan | None = None,
+        *,
+        num_tokens: Tensor | None = None,
+        x_scale: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Received:
+        routing = limit_tokens(routing, num_tokens, planned=plan is not None)
         plan = self.prepare(routing.ids_TK) if plan is None else plan
         order, ids_TK, dropped_TR = self._order(plan.ids_TK)
         if routing.capacity is not None:
@@ -63,10 +74,15 @@ class LocalDispatcher:
         probs_N = GatherProbs.apply(routing.weights_TK, order.slot_N, order.row_CK)
         in_activation = self.config.apply_probs == "activation"
         has_pads = self.config.alignment > 1 or routing.capacity is not None
-        x_TD = round_rows(x_TD, self._format(x_TD, x_TD.dtype))
+        scales = None
+        if x_scale is None:
+            x_TD = round_rows(x_TD, self._format(x_TD, x_TD.dtype))
+            rows = x_TD if self.compact else self._expand(x_TD, order.token_N, order.row_CK, ids_TK)
+        else:
+            rows, scales = self._quantised(x_TD, x_scale, order.token_N)
         linked = in_activation and not has_pads and not torch.compiler.is_compiling()
-        return Received(
-            rows=x_TD if self.compact else self._expand(x_TD, order.token_N, order.row_CK, ids_TK),
+        received = Received(
+            rows=rows,
             index_N=order.index_N if self.compact else None,
             probs_N=probs_N,
             act_probs_N=probs_N if in_activation else None,
@@ -79,8 +95,17 @@ class LocalDispatcher:
             ids_CK=ids_TK,
             plan=plan,
             state=LocalState(routing.weights_TK, order.token_N, x_TD.dtype, dropped_TR),
-            link=GradientLink(order.index_N, order.offsets_L1) if linked else None,
+            link=GradientLink(order.index_N, order.offsets_L1) if linked and scales is None else None,
+            scales=scales,
         )
+        return deliver(received, out)
+
+    def _quantised(self, x_TD: Tensor, x_scale: Tensor, token_N: Tensor) -> tuple[Tensor, Tensor]:
+        """The caller's bytes and scales in the rows' order."""
+        bytes_TD, scale_TS = caller_rows(x_TD, x_scale, self.token_format).encode(x_TD)
+        if self.compact:
+            return x_TD, scale_TS
+        return gather_rows(bytes_TD, token_N).view(x_TD.dtype), gather_rows(scale_TS, token_N)
 
     def _order(self, ids_TK: Tensor) -> tuple[SlotOrder, Tensor, Tensor | None]:
         """Row order, the ids that are kept, and which tokens a static buffer dropped."""
@@ -104,8 +129,16 @@ class LocalDispatcher:
         wire = wire_dtype(self.config, x_TD.dtype)
         return _Expand.apply(x_TD, token_N, row_TK, ids_TK, self.num_experts, self.blocks, wire)
 
-    def combine(self, rows: Tensor, received: Received, add: Tensor | None = None) -> Tensor:
+    def combine(
+        self, rows: Tensor, received: Received, add: Tensor | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
+        y_TD = self._combine(rows, received, add)
+        return y_TD if out is None else into(y_TD, out, "out")
+
+    def _combine(self, rows: Tensor, received: Received, add: Tensor | None) -> Tensor:
         state: LocalState = received.state
+        if received.scales is not None:  # x was quantised: y has the experts' dtype
+            state = replace(state, dtype=rows.dtype)
         wire, dual = wire_dtype(self.config, state.dtype), self._format(rows, state.dtype)
         if (
             self.config.apply_probs == "activation"
@@ -141,18 +174,30 @@ class LocalDispatcher:
     def check(self) -> None:
         """Nothing is reported late here."""
 
-    def dispatch_send(self, x_TD: Tensor, routing: Routing, plan: DispatchPlan | None = None) -> tuple[Any, Tensor]:
-        return (x_TD, routing, plan), x_TD.new_empty(0)
+    def dispatch_send(
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        plan: DispatchPlan | None = None,
+        *,
+        num_tokens: Tensor | None = None,
+        x_scale: Tensor | None = None,
+    ) -> tuple[Any, Tensor]:
+        options = {"num_tokens": num_tokens, "x_scale": x_scale}
+        return ((x_TD, routing, plan), options), x_TD.new_empty(0)
 
-    def dispatch_recv(self, handle: Any, token: Tensor) -> Received:
-        return self.dispatch(*handle)
+    def dispatch_recv(self, handle: Any, token: Tensor, *, out: Tensor | None = None) -> Received:
+        arguments, options = handle
+        return self.dispatch(*arguments, **options, out=out)
 
     def combine_send(self, rows: Tensor, received: Received) -> tuple[Any, Tensor]:
         return (rows, received), rows.new_empty(0)
 
-    def combine_recv(self, handle: Any, token: Tensor, add: Tensor | None = None) -> Tensor:
+    def combine_recv(
+        self, handle: Any, token: Tensor, add: Tensor | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
         rows, received = handle
-        return self.combine(rows, received, add)
+        return self.combine(rows, received, add, out=out)
 
 
 def _sources(order: SlotOrder, top_k: int) -> Tensor:

@@ -31,6 +31,7 @@ from moe_layer.dispatch.base import padded_rows, static_rows, wire_dtype
 from moe_layer.dispatch.exchange import ExchangeDispatcher
 from moe_layer.dispatch.formats import InputFormat, TokenFormat, format_for
 from moe_layer.dispatch.nvlink_route import NvlinkRoute
+from moe_layer.dispatch.options import deliver, into, limit_tokens
 from moe_layer.dispatch.route import Route
 from moe_layer.dispatch.window import Trip, Window, WindowSize, window_for
 from moe_layer.dispatch.wire import Link, Phase
@@ -225,9 +226,18 @@ class NvlinkDispatcher(ExchangeDispatcher):
         )
 
     @torch.compiler.disable(reason="dispatch over several ranks talks to its peers: a documented graph break")
-    def dispatch_send(self, x_TD: Tensor, routing: Routing, plan: DispatchPlan | None = None) -> tuple[Any, Tensor]:
-        if not self._fused(x_TD):
-            return super().dispatch_send(x_TD, routing, plan)
+    def dispatch_send(
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        plan: DispatchPlan | None = None,
+        *,
+        num_tokens: Tensor | None = None,
+        x_scale: Tensor | None = None,
+    ) -> tuple[Any, Tensor]:
+        if x_scale is not None or not self._fused(x_TD):
+            return super().dispatch_send(x_TD, routing, plan, num_tokens=num_tokens, x_scale=x_scale)
+        routing = limit_tokens(routing, num_tokens, planned=plan is not None)
         plan = self.prepare(routing.ids_TK) if plan is None else plan
         self._check_input(x_TD, routing)
         window = window_for(self.link, self.window_size(x_TD.shape[1], x_TD.dtype))
@@ -236,9 +246,9 @@ class NvlinkDispatcher(ExchangeDispatcher):
         return call, _DispatchSend.apply(x_TD, routing.weights_TK, call)
 
     @torch.compiler.disable(reason="dispatch over several ranks talks to its peers: a documented graph break")
-    def dispatch_recv(self, handle: Any, token: Tensor) -> Received:
+    def dispatch_recv(self, handle: Any, token: Tensor, *, out: Tensor | None = None) -> Received:
         if not isinstance(handle, FusedCall):
-            return super().dispatch_recv(handle, token)
+            return super().dispatch_recv(handle, token, out=out)
         rows, probs_N, rank_C, token_C = _DispatchRecv.apply(token, handle)
         slot_N, ids_CK, row_CK, offsets_L1 = handle.slot_N, handle.ids_CK, handle.row_CK, handle.offsets_L1
         assert slot_N is not None and ids_CK is not None and row_CK is not None and offsets_L1 is not None
@@ -250,7 +260,7 @@ class NvlinkDispatcher(ExchangeDispatcher):
         split = partial(
             split_counts, ids_CK - self.first_expert, rank_C, num_local=self.num_local, num_ranks=self.link.size
         )
-        return Received(
+        received = Received(
             rows=rows,
             index_N=(slot_N.clamp_min(0) // self.top_k) if self.config.rows == "compact" else None,
             probs_N=probs_N,
@@ -265,6 +275,7 @@ class NvlinkDispatcher(ExchangeDispatcher):
             plan=handle.plan,
             state=handle,
         )
+        return deliver(received, out)
 
     @torch.compiler.disable(reason="dispatch over several ranks talks to its peers: a documented graph break")
     def combine_send(self, rows: Tensor, received: Received) -> tuple[Any, Tensor]:
@@ -278,10 +289,13 @@ class NvlinkDispatcher(ExchangeDispatcher):
         return (call, rows.detach()), _CombineSend.apply(rows, call)
 
     @torch.compiler.disable(reason="dispatch over several ranks talks to its peers: a documented graph break")
-    def combine_recv(self, handle: Any, token: Tensor, add: Tensor | None = None) -> Tensor:
+    def combine_recv(
+        self, handle: Any, token: Tensor, add: Tensor | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
         if not isinstance(handle, tuple):
-            return super().combine_recv(handle, token, add)
-        return _CombineRecv.apply(token, add, *handle)
+            return super().combine_recv(handle, token, add, out=out)
+        y_TD = _CombineRecv.apply(token, add, *handle)
+        return y_TD if out is None else into(y_TD, out, "out")
 
     def check(self) -> None:
         """Raise what earlier calls found on the device.

@@ -73,6 +73,44 @@ def fsdp_and_experts(rank: int, device: str) -> dict[str, float]:
     return errors | {"norm": abs(norm - want_norm) / want_norm}
 
 
+def call_options(rank: int, device: str) -> list[str]:
+    """`num_tokens`, `out` and `x_scale` over two ranks, each against the plain call; names of what was compared."""
+    store = compat.prefixed(compat.default_store(), "options")
+    context = ParallelContext(dist.group.WORLD, ep_rank=rank, ep_size=2, device=device, store=store)
+    T, D, E, K, pads, done = 24, 128, 8, 2, 5, []
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(T + pads, D, generator=generator).to(device)
+    ids = torch.rand(T + pads, E, generator=generator).topk(K).indices.to(device)
+    weights = torch.rand(T + pads, K, generator=generator).to(device)
+    scale = x.abs().amax(1, keepdim=True) / 448.0
+    x8 = (x / scale).to(torch.float8_e4m3fn)
+    for backend in ("all_to_all", "nvlink"):
+        extra = {"max_tokens_per_rank": 64} if backend == "nvlink" else {}
+        for rows in ("expert_major", "compact"):
+            config_ = DispatchConfig(backend=backend, rows=rows, deadline_s=20.0, **extra)
+            dispatcher = make_dispatcher(config_, num_experts=E, top_k=K, context=context)
+
+            def run(n: int, dispatcher: Any = dispatcher, **options: Any) -> Tensor:
+                routing = Routing.from_ids(ids[:n], weights[:n], num_experts=E)
+                received = dispatcher.dispatch(x[:n], routing, **options)
+                index = received.index_N
+                got = received.rows if index is None else received.rows.index_select(0, index)
+                return dispatcher.combine(torch.tanh(got) * received.probs_N.unsqueeze(1), received)
+
+            want = run(T)
+            padded = run(T + pads, num_tokens=torch.tensor(T, device=device))
+            assert torch.equal(padded[:T], want) and not padded[T:].any(), f"{backend} {rows} num_tokens"
+            buffer = torch.empty(2 * (T + pads) * K, D, device=device)
+            assert torch.equal(run(T, out=buffer), want), f"{backend} {rows} out"
+            plain = dispatcher.dispatch(x, Routing.from_ids(ids, weights, num_experts=E))
+            received = dispatcher.dispatch(x8, Routing.from_ids(ids, weights, num_experts=E), x_scale=scale)
+            exact = (plain.rows / (plain.rows.abs().amax(1, keepdim=True) / 448.0)).to(torch.float8_e4m3fn)
+            used = int(received.offsets_L1[-1]) if rows == "expert_major" else exact.shape[0]
+            assert torch.equal(received.rows.view(torch.uint8)[:used], exact.view(torch.uint8)[:used])
+            done.append(f"{backend} {rows}")
+    return done
+
+
 def missing_rank(rank: int, device: str) -> tuple[str, float]:
     """Rank 1 stays away from a dispatch; rank 0's error and the seconds until it came."""
     timeout_s = DEADLINE_S + (1.0 if device == "cpu" else 30.0)  # as parallelize
@@ -103,7 +141,7 @@ def _rank(rank: int, folder: str, device_type: str, results: Any) -> None:
         torch.cuda.set_device(rank)
     backend = "nccl" if device_type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    for scenario in (fsdp_and_experts, missing_rank):
+    for scenario in (fsdp_and_experts, call_options, missing_rank):
         try:
             results.put((rank, scenario.__name__, scenario(rank, device)))
         except Exception:

@@ -82,6 +82,13 @@ def test_fsdp_beside_experts_over_nccl(outcome: Outcome) -> None:
 
 
 @needs_two
+def test_options_of_a_call(outcome: Outcome) -> None:
+    for rank in (0, 1):
+        done = outcome.found[rank, "call_options"]
+        assert done == [f"{b} {r}" for b in ("all_to_all", "nvlink") for r in ("expert_major", "compact")], done
+
+
+@needs_two
 def test_a_missing_rank_ends_in_an_error_and_the_process_exits(outcome: Outcome) -> None:
     text, seconds = outcome.found[0, "missing_rank"]
     assert "layer 4, step 0, phase dispatch" in text and "ranks [1] of 2 did not report" in text

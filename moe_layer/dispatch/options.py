@@ -1,0 +1,132 @@
+"""Options of single calls that every backend takes: `num_tokens`, `x_scale`, `out`.
+
+    received = dispatcher.dispatch(x, routing, num_tokens=n)            # rows n, n+1, ... of x are padding
+    received = dispatcher.dispatch(x_fp8, routing, x_scale=scales)      # travels as it is; received.scales
+    received = dispatcher.dispatch(x, routing, out=rows_buffer)         # received.rows lies in the caller's buffer
+    y = dispatcher.combine(rows, received, out=y_buffer)
+
+Shape letters: T tokens, K slots, D hidden, S scales a token, C compact rows, N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_layer.dispatch.formats import TokenFormat
+from moe_layer.errors import CapacityError, ConfigError, RoutingError
+from moe_layer.types import Received, Routing
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def limit_tokens(routing: Routing, num_tokens: Tensor | None, *, planned: bool = False) -> Routing:
+    """The routing without slots of the tokens from `num_tokens` on: they are not dispatched, their y is `add` alone.
+
+    Args:
+        num_tokens: one integer on the tokens' device; on CUDA it is never read on the host and may change between
+            replays of a graph.
+        planned: the caller passed a plan, which was made from all tokens.
+
+    Raises:
+        RoutingError: not one integer on that device, outside [0, T] (checked on CPU), or together with a plan.
+    """
+    if num_tokens is None:
+        return routing
+    T, device = routing.ids_TK.shape[0], routing.ids_TK.device
+    if planned:
+        raise RoutingError("num_tokens and plan were both passed; make the plan from ids that are -1 for padding")
+    if not isinstance(num_tokens, Tensor) or num_tokens.numel() != 1 or num_tokens.dtype not in _INTEGERS:
+        found = f"{num_tokens.dtype} {tuple(num_tokens.shape)}" if isinstance(num_tokens, Tensor) else repr(num_tokens)
+        raise RoutingError(
+            f"num_tokens must be a 0-d integer tensor, got {found}; use torch.tensor(n, device=x.device)"
+        )
+    if num_tokens.device != device:
+        raise RoutingError(f"num_tokens is on {num_tokens.device} and the tokens on {device}; move one of them")
+    if device.type == "cpu" and not 0 <= int(num_tokens) <= T:
+        raise RoutingError(f"num_tokens is {int(num_tokens)}, it must lie in [0, {T}] for {T} rows of x")
+    real_T1 = (torch.arange(T, device=device) < num_tokens.reshape(())).unsqueeze(1)
+    weights = routing.weights_TK
+    return replace(
+        routing,
+        ids_TK=torch.where(real_T1, routing.ids_TK, -1),
+        weights_TK=torch.where(real_T1, weights, weights.new_zeros(())),
+    )
+
+
+@dataclass(frozen=True)
+class CallerRows:
+    """The `TokenFormat` of one call's rows that the caller quantised: bytes and scales travel as they are."""
+
+    hidden: int
+    scale_TS: Tensor
+    row_alignment: int = 1
+
+    @property
+    def msg_bytes(self) -> int:
+        return self.hidden + self.scale_TS.shape[1] * self.scale_TS.element_size()
+
+    def encode(self, x_TD: Tensor) -> list[Tensor]:
+        return [x_TD.contiguous().view(torch.uint8), self.scale_TS.contiguous()]
+
+    def decode(self, payload: Sequence[Tensor], *, dtype: torch.dtype) -> Tensor:
+        """The bytes; whoever gathered them views them as `dtype`."""
+        return payload[0]
+
+
+def caller_rows(x_TD: Tensor, x_scale: Tensor, token_format: TokenFormat | None) -> CallerRows:
+    """Check quantised rows and their scales.
+
+    Raises:
+        RoutingError: x has no one-byte dtype or requires grad, or the scales are not `[T, S]` on x's device.
+        ConfigError: the dispatcher has a token format of its own.
+    """
+    if token_format is not None:
+        raise ConfigError("x_scale was passed to a dispatcher with a token_format; quantise in one place only")
+    if x_TD.element_size() != 1:
+        raise RoutingError(f"x_scale belongs to rows of one byte per element (float8 or int8), x is {x_TD.dtype}")
+    if x_TD.requires_grad and torch.is_grad_enabled():
+        raise RoutingError("x is quantised and requires grad; pass x.detach(): gradients end where you quantised")
+    if x_scale.ndim != 2 or x_scale.shape[0] != x_TD.shape[0] or x_scale.device != x_TD.device:
+        raise RoutingError(
+            f"x_scale must be [{x_TD.shape[0]}, S] on {x_TD.device}, got {tuple(x_scale.shape)} on {x_scale.device}"
+        )
+    return CallerRows(x_TD.shape[1], x_scale.detach())
+
+
+def deliver(received: Received, out: Tensor | None) -> Received:
+    """The same with its rows in the caller's buffer; the graph goes on through them.
+
+    Raises:
+        CapacityError: the buffer has fewer rows. RoutingError: other columns, dtype or device.
+    """
+    return received if out is None else replace(received, rows=into(received.rows, out, "out"))
+
+
+def into(values: Tensor, out: Tensor, name: str) -> Tensor:
+    """`values` copied to the first rows of `out`, and that part of `out`; gradients pass to `values`."""
+    if out.ndim != 2 or out.shape[1:] != values.shape[1:] or out.dtype != values.dtype or out.device != values.device:
+        raise RoutingError(
+            f"{name} must be [rows, {values.shape[1]}] {values.dtype} on {values.device}, got {tuple(out.shape)} "
+            f"{out.dtype} on {out.device}"
+        )
+    if out.requires_grad:
+        raise RoutingError(f"{name} requires grad, but it is overwritten; pass a buffer without")
+    if out.shape[0] < values.shape[0]:
+        raise CapacityError(f"{name} holds {out.shape[0]} rows, {values.shape[0]} are needed; give it room for them")
+    return _Into.apply(values, (out,))
+
+
+class _Into(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, target: tuple[Tensor]) -> Tensor:
+        part = target[0].detach()[: values.shape[0]]
+        return part.copy_(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
