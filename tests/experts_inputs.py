@@ -103,7 +103,7 @@ def make_received(
         act_probs_N=probs_N if apply_probs else None,
         offsets_L1=torch.tensor(offsets, dtype=torch.int32),
         counts_L=counts_L,
-        counts_LR=counts_L[:, None],
+        split=counts_L[:, None],
         first_expert=experts.start,
         src=src_N3,
         row_CK=row_TK,
