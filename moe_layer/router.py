@@ -24,7 +24,7 @@ from moe_layer.ops.attach_losses import attach_losses
 from moe_layer.ops.capacity import apply_capacity, expert_capacity
 from moe_layer.ops.fan_out import LateProduct
 from moe_layer.ops.gate import gate_logits
-from moe_layer.ops.route_topk import RouteTopk, route_topk
+from moe_layer.ops.route_topk import NUM_EVENTS, RouteTopk, route_topk
 from moe_layer.ops.uniform import uniform_ids
 from moe_layer.replay.tap import Routed, RoutingTap
 from moe_layer.stats import EVENT_NAMES
@@ -79,9 +79,7 @@ class Router(nn.Module):
         self.register_buffer(
             "log_sums", torch.zeros(len(LOG_NAMES), device=device, dtype=torch.float32), persistent=False
         )
-        self.register_buffer(
-            "faults", torch.zeros(len(EVENT_NAMES), device=device, dtype=torch.int64), persistent=False
-        )
+        self.register_buffer("faults", torch.zeros(NUM_EVENTS, device=device, dtype=torch.int64), persistent=False)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -284,20 +282,20 @@ class Router(nn.Module):
 
     def _report(self, events: Tensor, replay: RoutingDecision | None) -> None:
         """Raise on policy violations: at once where that costs no synchronisation, else remember them for `check`."""
-        names = ["out_of_range"] if replay is not None else []
-        policy = self.config.replay
-        if replay is not None and policy.on_missing == "raise":
-            names.append("slots_missing")
-        if replay is not None and policy.on_duplicate == "raise":
-            names.append("duplicates")
-        if self.config.router.nonfinite == "raise":
-            names.append("nonfinite_rows")
-        if not names:
+        if replay is None and self.config.router.nonfinite != "raise":
             return
-        for name in names:
-            self.faults[EVENT_NAMES.index(name)].add_(events[EVENT_NAMES.index(name)])  # one launch, += takes two
+        self.faults.add_(events)  # all of them in one launch; `check` knows which ones are faults
         if not events.is_cuda and not torch.compiler.is_compiling():
             self.check()
+
+    def _is_fault(self, name: str) -> bool:
+        policy = self.config.replay
+        return (
+            name == "out_of_range"
+            or (name == "slots_missing" and policy.on_missing == "raise")
+            or (name == "duplicates" and policy.on_duplicate == "raise")
+            or (name == "nonfinite_rows" and self.config.router.nonfinite == "raise")
+        )
 
     def check(self) -> None:
         """Raise what the routing op counted against a `raise` policy since the last check. Synchronises on CUDA.
@@ -305,7 +303,8 @@ class Router(nn.Module):
         Raises:
             RoutingError: names the finding, how often, and the key that tolerates it.
         """
-        found = {name: count for name, count in zip(EVENT_NAMES, self.faults.tolist(), strict=True) if count}
+        counts = zip(EVENT_NAMES, self.faults.tolist(), strict=False)
+        found = {name: count for name, count in counts if count and self._is_fault(name)}
         self.faults.zero_()
         sentences = {
             "out_of_range": "replay ids outside [0, {experts}); ids must be expert indices, or -1 for a missing slot",

@@ -17,7 +17,8 @@ nothing to replay, another number of tokens or K, a recompute under REPLAY_FORWA
 Deviations: ids of -1 are routed live, and so are rows where `replay_mask` is False. verl adds that argument to
 `set_target_indices` (volcengine/verl, verl/utils/megatron/router_replay_patch.py: R3 keeps the last row of a sequence
 native, because no engine ran it) and calls the list of instances `router_instances`. The list is global because the
-drivers' calls name no model.
+drivers' calls name no model; drivers that walk a model for Megatron's TopKRouter class find none of our routers, and
+use the list, which is in module order.
 
 T tokens, K top-k.
 """

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_layer.errors import TraceError
+from moe_layer.ops.route_topk import NUM_EVENTS
 from moe_layer.replay.spec import TraceSpec
 from moe_layer.replay.tap import Routed, is_capturing
 
@@ -77,7 +78,7 @@ class Tally:
         self.spec, self.device = spec, device
         layers = len(spec.layers)
         with torch.inference_mode(False):  # added to in any mode later
-            self._events = torch.zeros(layers, len(EVENTS), dtype=torch.int64, device=device)
+            self._events = torch.zeros(layers, NUM_EVENTS, dtype=torch.int64, device=device)
             self._compared = torch.zeros(layers, len(COMPARED), dtype=torch.float64, device=device)
             self._tokens = torch.zeros(2, dtype=torch.int64, device=device)
         self._differs: dict[int, Tensor] = {}
@@ -89,9 +90,9 @@ class Tally:
         Not so in a capture, which may be over before the micro-batch's block is.
         """
         if is_capturing(events):
-            self._events[layer].add_(events[: len(EVENTS)])
+            self._events[layer].add_(events)
         else:
-            self._pending.append((layer, events[: len(EVENTS)]))
+            self._pending.append((layer, events))
 
     def _sum_events(self) -> None:
         layers = [layer for layer, _ in self._pending]
@@ -136,11 +137,11 @@ class Tally:
         self._sum_events()
         packed = torch.cat([self._events.double().flatten(), self._compared.flatten(), self._tokens.double()]).cpu()
         layers = len(self.spec.layers)
-        events, compared, tokens = packed.split([layers * len(EVENTS), layers * len(COMPARED), 2])
+        events, compared, tokens = packed.split([layers * NUM_EVENTS, layers * len(COMPARED), 2])
         for tensor in (self._events, self._compared, self._tokens):
             tensor.zero_()
         by_layer = compared.view(layers, len(COMPARED))
-        counts = dict(zip(EVENTS, events.view(layers, -1).sum(0).long().tolist(), strict=True))
+        counts = dict(zip(EVENTS, events.view(layers, -1).sum(0).long().tolist(), strict=False))
         total = dict(zip(COMPARED, by_layer.sum(0).tolist(), strict=True))
         rows = max(1.0, total["rows"])
         return ReplayMetrics(
