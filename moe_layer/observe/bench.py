@@ -12,6 +12,7 @@ SCRIPTS = {
     "layer": ("layer_gpu.py", "the layer on one GPU: eager, CUDA graph, its own six GEMMs"),
     "dispatch": ("dispatch.py", "dispatch, combine and the layer over two GPUs, beside NCCL without deduplication"),
     "shared": ("shared.py", "the layer with its shared expert packed and apart, one GPU"),
+    "replay": ("replay.py", "recording and replaying: the layer's step and the router, eager and in CUDA graphs"),
     "tune": ("tune.py", "tiles of the Hopper GEMMs on this GPU, each try in a process with a timeout"),
     "layer-cpu": ("layer.py", "the block on CPU, interleaved with transformers'"),
 }

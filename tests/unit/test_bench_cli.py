@@ -52,3 +52,17 @@ def test_dispatch_runs_over_gloo_and_writes_rows(tmp_path: Path, capfd: pytest.C
     for row in layers:
         assert row["ratio"] == pytest.approx(row["peer_ms"] / row["ms"], rel=1e-2)
         assert row["exposed"] == pytest.approx((row["ms"] - row["copies_ms"]) / row["ms"], abs=1e-3)
+
+
+def test_replay_writes_a_row(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """On the CPU: what the row says about itself must be arithmetically true; bytes are those of the format."""
+    out = tmp_path / "rows.jsonl"
+    assert main(["bench", "replay", "--tokens", "48", "--runs", "1", "--sha", "abc", "--output", str(out)]) == 0
+    (row,) = [json.loads(line) for line in out.read_text().splitlines()]
+    assert json.loads(capfd.readouterr().out) == row
+    assert (row["mode"], row["git"], row["T_D_F_E_K"]) == ("eager", "abc", [48, 256, 128, 32, 4])
+    ms = row["ms"]
+    assert row["record_of_step"] == pytest.approx(ms["step, record"] / ms["step"] - 1, abs=1e-2)
+    assert row["replay_of_router"] == pytest.approx(ms["router, replay"] / ms["router"] - 1, abs=1e-2)
+    assert (row["host_bytes_per_token"], row["format_bytes_per_token"]) == (4, 5)
+    assert row["trace_bytes_per_token"] == 5 < row["file_bytes_per_token"]
