@@ -87,7 +87,10 @@ def make_plan(
     at = torch.tensor(trace.spec.positions(names))
 
     def take(tensor: Tensor) -> Tensor:
-        rows = tensor.index_select(0, index_T)
+        # Of a trace without rows every token is a pad.
+        rows = (
+            tensor.index_select(0, index_T) if trace.num_tokens else tensor.new_zeros(len(index_T), *tensor.shape[1:])
+        )
         return rows.index_select(1, at).transpose(0, 1).contiguous()
 
     bits = take(trace.valid) * present_T.to(torch.uint8).view(1, -1, 1)
@@ -120,8 +123,6 @@ def _check_index(trace: RoutingTrace, token_index: Tensor | None) -> tuple[Tenso
             f"{trace.num_tokens - 1} (-1 = pad); it was made for another batch"
         )
     present_T = index_T >= 0
-    if not trace.num_tokens:
-        raise TraceError("the trace has no rows; record some, or do not replay")
     return index_T.clamp(min=0), present_T
 
 

@@ -106,7 +106,7 @@ def _digest(facts: str, tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         sha.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        sha.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        sha.update(np.ascontiguousarray(tensor.numpy()))  # torch's view as bytes fails for no and for one element
     return sha.hexdigest()
 
 

@@ -73,10 +73,10 @@ def test_the_kernels_are_loaded() -> None:
 # ---- bits -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(8, 2), (128, 8), (256, 8)])
+@pytest.mark.parametrize("size", [(8, 2), (128, 8), (256, 8), (512, 10)])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_replay_of_a_recorded_run_is_the_run(router: str, size: tuple[int, int]) -> None:
-    """Ids, output, dx and every gradient to the bit, although live and replayed rows take other kernels."""
+    """Ids, output, dx and every gradient to the bit; ids of one and of two bytes."""
     model = make_model(experts=size[0], top_k=size[1], **ROUTERS[router])
     x, session = batch(tokens=300).requires_grad_(), RoutingSession(model)
 

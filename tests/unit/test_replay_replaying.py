@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -188,6 +189,33 @@ def test_excluded_layers_stay_live() -> None:
     session.close()
     with pytest.raises(RoutingError, match="2 MoE layers of ours and 0 after exclude"):
         RoutingSession(model, exclude=["blocks.*"])
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
+def test_ranks_without_tokens(tmp_path: Path, suffix: str) -> None:
+    """An empty micro-batch is recorded, saved, replayed and compared; pads of an empty trace are live."""
+    model = make_model()
+    session, x = RoutingSession(model), torch.zeros(0, D, requires_grad=True)
+    with session.record(weights=True) as recording:
+        model(x)
+    path = tmp_path / f"a.{suffix}"
+    recording.trace(token_ids=torch.zeros(0, dtype=torch.int64)).save(path)
+    trace = RoutingTrace.open(path)
+    trace.validate(complete=True)
+    assert (trace.num_tokens, trace.lengths) == (0, [0])
+    with session.replay(trace, measure=True):
+        model(x).sum().backward()
+    with session.compare(trace):
+        model(x)
+    assert session.metrics().rows_compared == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.blocks[0].moe.parameters())
+    whole = make_trace()
+    for source in (trace, whole):
+        with session.replay(source.plan(torch.full((T,), -1), layers=session.layers)):
+            assert torch.equal(model(batch()), make_model()(batch()))
+    with session.replay(whole.plan(torch.zeros(0, dtype=torch.int64), layers=session.layers)):
+        model(x)
+    assert RoutingTrace.concat([trace, whole.rows(0, 5)]).lengths == [0, 5]
 
 
 def test_partial_traces_are_filled_live() -> None:

@@ -51,6 +51,15 @@ def test_all_256_codes() -> None:
     assert padded.dtype == torch.int32 and padded.flatten().tolist() == [255, -1, 0]
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
+@pytest.mark.parametrize("rows", [0, 1, 2])
+def test_short_traces(tmp_path: Path, rows: int, suffix: str) -> None:
+    trace = make_trace(rows)
+    trace.save(tmp_path / f"a.{suffix}")
+    again = RoutingTrace.open(tmp_path / f"a.{suffix}")
+    assert same(trace, again) and same(again.sequence(0), trace) and same(again.rows(0, rows), trace)
+
+
 def test_optional_columns_and_bytes_per_token(tmp_path: Path) -> None:
     trace = make_trace(100)
     trace.save(tmp_path / "a.safetensors")
