@@ -269,9 +269,11 @@ class MoELayer(nn.Module):
         self.dispatcher.check()
 
     def warmup(self, num_tokens: int = 128) -> None:
-        """Load and compile every kernel for this layer by one throw-away forward pass."""
+        """Load and compile every kernel for this layer: one throw-away forward pass, and the expert GEMMs of backward
+        and of other numbers of tokens, so that no later step waits for a compiler."""
         if num_tokens < 0:
             raise ValueError(f"num_tokens must be at least 0, got {num_tokens}")
+        self.experts.warmup()
         weight = self.router.weight
         with torch.no_grad():
             self(torch.zeros(num_tokens, self.config.hidden_size, dtype=weight.dtype, device=weight.device))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_layer.config.model import ExpertsConfig
-from moe_layer.experts import quantized
+from moe_layer.experts import quack, quantized
 from moe_layer.experts.autograd import experts_mlp
 from moe_layer.experts.backend import resolve
 from moe_layer.experts.spec import ExpertsSpec, Layout, Weights
@@ -142,21 +142,42 @@ class Experts(nn.Module):
         """
         config, dtype = self.config, self._check(received)
         return ExpertsSpec(
-            backend=resolve(
-                config.backend,
-                received.rows.device,
-                dtype,
-                activation=config.activation,
-                bias=config.bias,
-                hidden_size=self.hidden_size,
-                width=config.intermediate_size,
-            ),
+            backend=self._backend(received.rows.device, dtype),
             activation=config.activation,
             limit=float(config.clamp_limit),
             alpha=float(config.clamp_alpha),
             save_h=config.recompute == "none",
             compute_dtype=dtype,
             num_experts=received.plan.num_experts,
+        )
+
+    def warmup(self, dtype: torch.dtype | None = None) -> None:
+        """Compile what the backend compiles at first use, for every number of rows (quack; nothing for the others).
+
+        Args:
+            dtype: of the GEMMs (default: the parameters').
+
+        Raises:
+            ValueError: the configured backend cannot run here.
+        """
+        gate_up, down = local_part(self.gate_up_proj).detach(), local_part(self.down_proj).detach()
+        dtype = gate_up.dtype if dtype is None else dtype
+        if gate_up.is_meta or self._backend(gate_up.device, dtype) != "quack":
+            return
+        main_grads = any(getattr(p, "main_grad", None) is not None for p in (self.gate_up_proj, self.down_proj))
+        shapes = Weights(gate_up[:1].to(dtype), down[:1].to(dtype), None, None)
+        quack.warmup(shapes, main_grads=main_grads)
+
+    def _backend(self, device: torch.device, dtype: torch.dtype) -> str:
+        config = self.config
+        return resolve(
+            config.backend,
+            device,
+            dtype,
+            activation=config.activation,
+            bias=config.bias,
+            hidden_size=self.hidden_size,
+            width=config.intermediate_size,
         )
 
     def _check(self, received: Received) -> torch.dtype:

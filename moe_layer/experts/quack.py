@@ -25,7 +25,7 @@ from torch import Tensor
 
 from moe_layer.experts import quack_plans as plans
 from moe_layer.experts.spec import ExpertsSpec, Layout, RowGradient, Weights, WeightTargets
-from moe_layer.experts.tiles import choose_tiles
+from moe_layer.experts.tiles import choose_tiles, row_buckets
 
 INSTALL = "pip install 'moe-layer[hopper]'"
 
@@ -38,6 +38,7 @@ def _missing() -> str | None:
     return None
 
 
+@functools.cache
 def is_hopper(device: torch.device) -> bool:
     """Whether this is a GPU of compute capability 9.0."""
     return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 9
@@ -129,6 +130,52 @@ def backward(
         d_x_ND = x.new_empty(num_rows, hidden)
         plans.matmul("d_x", d_h_N2F, weights.gate_up.mT, d_x_ND, tile=tiles.d_x, rows=ends, concat=("B",))
     return d_x_ND, d_probs_N
+
+
+@torch.no_grad()
+def warmup(weights: Weights, *, main_grads: bool) -> None:
+    """Compile (or read from QuACK's cache) every kernel that experts of this width and hidden size may launch.
+
+    Plans do not depend on the number of experts, so one expert of zeros stands for all; each number of rows that the
+    table of tiles tells apart runs once.
+
+    Args:
+        weights: bf16 parameters on the GPU; only their shapes, dtype and device are used.
+        main_grads: also the accumulation into fp32.
+    """
+    hidden, width = weights.down.shape[1:]
+    down = weights.down.new_zeros(1, hidden, width)
+    fake = Weights(down.new_zeros(1, 2 * width, hidden), down, None, None)
+    spec = ExpertsSpec("quack", "swiglu", 0.0, 0.0, True, down.dtype, 1)
+    seen = set()
+    for num_rows in row_buckets(hidden=hidden, width=width):
+        tiles = choose_tiles(rows_per_expert=num_rows, hidden=hidden, width=width)
+        if tiles in seen:
+            continue
+        seen.add(tiles)
+        layout = _fake_layout(down, num_rows)
+        _, h_N2F = forward(layout, fake, spec)
+        for add in (False, True) if main_grads else (False,):
+            dtype = torch.float32 if add else down.dtype
+            targets = WeightTargets(
+                torch.zeros_like(fake.gate_up, dtype=dtype), torch.zeros_like(down, dtype=dtype), None, None, (add,) * 4
+            )
+            backward(RowGradient(layout.x, layout.index), h_N2F, layout, fake, spec, targets, need_x=True)
+
+
+def _fake_layout(like: Tensor, num_rows: int) -> Layout:
+    """All rows belong to one expert and come from one row of zeros."""
+    bounds = torch.tensor([0, num_rows], dtype=torch.int32).to(like.device)
+    index_N = torch.zeros(num_rows, dtype=torch.int32, device=like.device)
+    return Layout(
+        x=like.new_zeros(8, like.shape[1]),
+        index=index_N,
+        probs=torch.zeros(num_rows, device=like.device),
+        offsets=bounds,
+        counts=bounds[1:],
+        row_CK=index_N[:0],
+        ids_CK=index_N[:0],
+    )
 
 
 def _empty_backward(

@@ -95,3 +95,9 @@ def choose_tiles(*, rows_per_expert: float, hidden: int, width: int) -> Tiles:
     nearest = min(fitting, key=lambda e: abs(math.log(e["rows_per_expert"] / max(rows_per_expert, 1e-3))))
     found = {name: t if isinstance(t, bool) else Tile(*t) for name, t in nearest["tiles"].items()}
     return tiles._replace(**found)
+
+
+def row_buckets(*, hidden: int, width: int) -> list[int]:
+    """Numbers of rows per expert that between them choose all tiles of this shape."""
+    entries = [e["rows_per_expert"] for e in read_table(TABLE) if (e["hidden"], e["width"]) == (hidden, width)]
+    return sorted({round(rows) for rows in entries}) or [SMALL_GROUP // 2, 2 * SMALL_GROUP]
