@@ -56,7 +56,7 @@ def grouped_mlp(
         activation=activation,
         limit=limit,
         alpha=alpha,
-        save_h=True,
+        keep_h="input",
         compute_dtype=dtype,
         num_experts=num_experts,
     )

@@ -66,8 +66,9 @@ class ExpertsConfig:
     """Expert biases on both projections; the second is multiplied by the routing probability."""
     backend: Literal["auto", "reference", "grouped_mm", "quack"] = "auto"
     """Implementation of the grouped MLP."""
-    recompute: Literal["none", "h"] = "none"
-    """`h`: keep no gate/up projection for backward, compute it again."""
+    recompute: Literal["none", "h", "fp8_h"] = "none"
+    """What is kept of the gate/up projection for backward: all of it; `h`: nothing, it is computed again; `fp8_h`: one
+    byte an element, whose rounding reaches the gradients."""
     weight_format: Literal["input", "int8", "fp8_1x128"] = "input"
     """Rollout and evaluation only (a backward raises): quantise weights and activations, see experts/quantized.py."""
     init_std: NonNegativeFloat = 0.02

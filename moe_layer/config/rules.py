@@ -136,6 +136,11 @@ def experts(c: model.ExpertsConfig) -> Problems:
     """Clamp settings belong to one activation; quantised experts have one implementation and no backward."""
     if c.activation != "swiglu_clamped":
         yield from _ineffective(c, ("clamp_limit", "clamp_alpha"), "activation swiglu_clamped")
+    if c.recompute == "fp8_h" and c.intermediate_size % 2:
+        yield (
+            f"recompute (fp8_h) needs an even intermediate_size, got {c.intermediate_size}; "
+            "round it up or use recompute h"
+        )
     if c.weight_format != "input" and c.backend not in ("auto", "reference"):
         yield f"backend ({c.backend}) cannot run weight_format {c.weight_format}; use backend auto"
     if c.weight_format != "input":

@@ -13,6 +13,7 @@ import moe_layer.ops.experts as op
 from moe_layer.experts import grouped_mm, quack, reference
 from moe_layer.experts.spec import ExpertsSpec, Layout, RowGradient, Weights, WeightTargets
 from moe_layer.ops.gather_rows import gather_rows
+from moe_layer.ops.stash import pack_fp8, unpack_fp8
 from moe_layer.ops.tree_reduce import reduction_blocks, tree_reduce
 from moe_layer.types import GradientLink
 
@@ -34,10 +35,10 @@ def _cast(weights: Weights, dtype: torch.dtype) -> Weights:
 
 
 def run_forward(layout: Layout, weights: Weights, spec: ExpertsSpec) -> tuple[Tensor, Tensor]:
-    """rows [N, D] in x's dtype and what backward wants of H (see the backend)."""
+    """rows [N, D] in x's dtype and what backward wants of H (see the backend; packed under `keep_h: fp8`)."""
     with _no_autocast(layout.x.device.type):
         rows_ND, h = BACKENDS[spec.backend].forward(layout, _cast(weights, spec.compute_dtype), spec)
-        return rows_ND.to(layout.x.dtype), h
+        return rows_ND.to(layout.x.dtype), pack_fp8(h) if spec.keep_h == "fp8" else h
 
 
 def row_gradient(d_rows_ND: Tensor, link: GradientLink | None) -> RowGradient:
@@ -63,6 +64,8 @@ def run_backward(
     """Gradients of x, probs and the four weights, None where `needs` is False or where they went to a main_grad."""
     with _no_autocast(layout.x.device.type):
         targets = _targets(weights, needs[2:], main_grads)
+        if spec.keep_h == "fp8":
+            h = unpack_fp8(h, weights.gate_up.shape[1], spec.compute_dtype)
         d_x, d_probs = BACKENDS[spec.backend].backward(
             RowGradient(d_out.rows.to(spec.compute_dtype).contiguous(), d_out.index),
             h,

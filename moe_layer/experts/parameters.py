@@ -146,7 +146,7 @@ class Experts(nn.Module):
             activation=config.activation,
             limit=float(config.clamp_limit),
             alpha=float(config.clamp_alpha),
-            save_h=config.recompute == "none",
+            keep_h={"none": "input", "fp8_h": "fp8", "h": "none"}[config.recompute],
             compute_dtype=dtype,
             num_experts=received.plan.num_experts,
         )

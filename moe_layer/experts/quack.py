@@ -146,7 +146,7 @@ def warmup(weights: Weights, *, main_grads: bool) -> None:
     hidden, width = weights.down.shape[1:]
     down = weights.down.new_zeros(1, hidden, width)
     fake = Weights(down.new_zeros(1, 2 * width, hidden), down, None, None)
-    spec = ExpertsSpec("quack", "swiglu", 0.0, 0.0, True, down.dtype, 1)
+    spec = ExpertsSpec("quack", "swiglu", 0.0, 0.0, "input", down.dtype, 1)
     seen = set()
     for num_rows in row_buckets(hidden=hidden, width=width):
         tiles = choose_tiles(rows_per_expert=num_rows, hidden=hidden, width=width)

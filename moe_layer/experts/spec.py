@@ -19,7 +19,8 @@ class ExpertsSpec:
     Attributes:
         backend: `reference` or `grouped_mm`, resolved.
         activation, limit, alpha: see `moe_layer.ops.glu`.
-        save_h: keep the gate/up projection for backward; otherwise it is computed again.
+        keep_h: what of the gate/up projection is kept for backward: `input` all of it, `fp8` one byte an element
+            (`moe_layer.ops.stash`), `none` nothing: it is computed again.
         compute_dtype: dtype of the GEMM operands.
         num_experts: global number of experts, which fixes the tree of the compact backward.
     """
@@ -28,9 +29,14 @@ class ExpertsSpec:
     activation: str
     limit: float
     alpha: float
-    save_h: bool
+    keep_h: str
     compute_dtype: torch.dtype
     num_experts: int
+
+    @property
+    def save_h(self) -> bool:
+        """Whether a backend's forward returns H, rather than its backward computing it again."""
+        return self.keep_h != "none"
 
     def as_arguments(self) -> tuple:
         """The op schema's arguments, in order."""
@@ -39,7 +45,7 @@ class ExpertsSpec:
             self.activation,
             self.limit,
             self.alpha,
-            self.save_h,
+            self.keep_h,
             self.compute_dtype,
             self.num_experts,
         )

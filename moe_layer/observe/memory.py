@@ -12,6 +12,7 @@ from torch import nn
 
 from moe_layer.config.model import MoEConfig
 from moe_layer.config.train import TrainConfig
+from moe_layer.ops.stash import packed_columns
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ def moe_bytes(config: MoEConfig, tokens: int, b: int, *, cpu: bool) -> Mapping[s
         kept["dispatched rows"] = slots * hidden * b
     if config.experts.recompute == "none":
         kept["experts' gate and up"] = 2 * slots * width * b
+    elif config.experts.recompute == "fp8_h":
+        kept["experts' gate and up"] = slots * packed_columns(2 * width)
     if config.dispatch.apply_probs != "activation":
         kept["experts' outputs"] = slots * hidden * b
     if config.shared_expert is not None:

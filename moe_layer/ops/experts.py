@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_layer.ops.stash import packed_columns
+
 _LAYOUT = "Tensor x, Tensor? index, Tensor? probs, Tensor offsets, Tensor counts, Tensor row_CK, Tensor ids_CK"
 _WEIGHTS = "Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias"
-_SPEC = "str backend, str activation, float limit, float alpha, bool save_h, ScalarType compute_dtype, int num_experts"
+_SPEC = "str backend, str activation, float limit, float alpha, str keep_h, ScalarType compute_dtype, int num_experts"
 NUM_LAYOUT, NUM_WEIGHTS = 7, 4
 
 torch.library.define("moe_layer::experts_fwd", f"({_LAYOUT}, {_WEIGHTS}, {_SPEC}) -> (Tensor, Tensor)")
@@ -29,10 +31,14 @@ torch.library.define(
 @torch.library.register_fake("moe_layer::experts_fwd")
 def _fwd_fake(x: Tensor, index: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     gate_up = rest[5]
-    save_h, compute_dtype = rest[-3], rest[-2]
+    keep_h, compute_dtype = rest[-3], rest[-2]
     num_rows = x.shape[0] if index is None else index.shape[0]
-    h_shape = (num_rows, gate_up.shape[1]) if save_h else (0, gate_up.shape[1])
-    return x.new_empty(num_rows, x.shape[1]), x.new_empty(h_shape, dtype=compute_dtype)
+    columns = gate_up.shape[1]
+    if keep_h == "fp8":
+        h = x.new_empty(num_rows, packed_columns(columns), dtype=torch.uint8)
+    else:
+        h = x.new_empty(num_rows if keep_h == "input" else 0, columns, dtype=compute_dtype)
+    return x.new_empty(num_rows, x.shape[1]), h
 
 
 @torch.library.register_fake("moe_layer::experts_bwd")

@@ -106,7 +106,7 @@ def six_gemms(layer: MoELayer, x: Tensor, upstream: Tensor) -> Step:
         ids_CK=received.ids_CK,
     )
     weights = Weights(experts.gate_up_proj.detach(), experts.down_proj.detach(), None, None)
-    spec = ExpertsSpec("quack", "swiglu", 7.0, 1.702, True, torch.bfloat16, layer.config.router.num_experts)
+    spec = ExpertsSpec("quack", "swiglu", 7.0, 1.702, "input", torch.bfloat16, layer.config.router.num_experts)
     targets = WeightTargets(
         torch.empty_like(weights.gate_up), torch.empty_like(weights.down), None, None, accumulate=(False,) * 4
     )

@@ -22,6 +22,11 @@ from tests.unit.config_cases import LAYER, RUN, problems, write
 
 # (overrides of the small layer, problems without "FILE:LINE:COLUMN: component: ")
 LAYER_RULES: list[tuple[list[str], list[str]]] = [
+    (
+        ["experts.recompute=fp8_h", "experts.intermediate_size=31"],
+        ["recompute (fp8_h) needs an even intermediate_size, got 31; round it up or use recompute h"],
+    ),
+    (["experts.recompute=fp8_h", "experts.intermediate_size=30"], []),
     (["router.top_k=9"], ["top_k (9) must not exceed num_experts (8); lower top_k or add experts"]),
     (["router.top_k=8"], []),
     (

@@ -43,7 +43,7 @@ def _as_arguments(experts: Experts, received: Received) -> tuple:
         config.activation,
         config.clamp_limit,
         config.clamp_alpha,
-        config.recompute == "none",
+        {"none": "input", "h": "none", "fp8_h": "fp8"}[config.recompute],
         received.rows.dtype,
         E,
     )
@@ -51,7 +51,7 @@ def _as_arguments(experts: Experts, received: Received) -> tuple:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("compact", [False, True])
-@pytest.mark.parametrize("recompute", ["none", "h"])
+@pytest.mark.parametrize("recompute", ["none", "h", "fp8_h"])
 def test_opcheck(backend: str, compact: bool, recompute: str) -> None:
     experts = make_experts(FP32, backend=backend, bias=compact, recompute=recompute)
     _, received = _received(compact=compact)
@@ -111,6 +111,31 @@ def test_recompute_keeps_no_h_and_changes_no_bit(backend: str, activation: str, 
     assert (num_rows, 24) in saved["none"] and (num_rows, 24) not in saved["h"]
     if compact:
         assert all(shape != (num_rows, D) for shape in saved["none"]), "compact keeps x, not its permuted copy"
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fp8_h_keeps_a_byte_an_element_and_only_rounds_h(backend: str, activation: str) -> None:
+    leaves, received = _received(compact=True)
+    num_rows = received.src_N3.shape[0]
+    upstream = torch.randn(num_rows, D)
+    results = {}
+    for recompute in ("none", "fp8_h"):
+        torch.manual_seed(5)
+        experts = make_experts(FP32, backend=backend, activation=activation, recompute=recompute, intermediate_size=12)
+        saved: list[tuple] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, s=saved: s.append((t.dtype, t.shape)) or t, lambda t: t
+        ):
+            rows = experts(received)
+        results[recompute] = [rows, *gradients(experts, rows, leaves, upstream)]
+        assert ((torch.uint8, (num_rows, 24 + 4)) in saved) == (recompute == "fp8_h")
+        assert ((FP32, (num_rows, 24)) in saved) == (recompute == "none")
+    assert torch.equal(results["none"][0], results["fp8_h"][0])
+    for exact, rounded in zip(results["none"][1:], results["fp8_h"][1:], strict=True):
+        error = float((exact - rounded).norm() / exact.norm())
+        # Half a unit of e4m3 is 6%; at the clamp's edge rounding also switches whole elements on or off.
+        assert 0 < error < (0.2 if activation == "swiglu_clamped" else 0.06)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
