@@ -62,17 +62,8 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant_
 
 }  // namespace
 
-void launch_finish(const Forward& args, int parts, cudaStream_t stream, bool overlap) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(ceil_div(args.experts, kWarp) + 1);
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
-  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, finish_kernel, args, parts));
+void launch_finish(const Forward& args, int parts, cudaStream_t stream) {
+  launch_beside(finish_kernel, ceil_div(args.experts, kWarp) + 1, kThreads, stream, args, parts);
 }
 
 }  // namespace moe_layer::router

@@ -236,7 +236,7 @@ Outputs route_topk(
   const bool overlap = major >= 9;
   if (lean) {
     (keyed ? launch_lean_keyed : launch_lean_plain)(p, sms, stream);
-    launch_finish(p, lean_blocks(p, sms), stream, overlap);
+    launch_finish(p, lean_blocks(p, sms), stream);
     return {weights, ids, counts, aux, score_sum, z_sum, events, probs, scores, map};
   }
   ZeroRegions zero = {

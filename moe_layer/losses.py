@@ -111,10 +111,16 @@ def z_loss(z_sum: Tensor, num_valid: Tensor | int, *, group: dist.ProcessGroup |
     return z_sum.sum() * (ranks / tokens.clamp(min=1).to(z_sum.dtype))
 
 
+def is_local(group: dist.ProcessGroup | None) -> bool:
+    """Whether the losses of this rank need no other rank."""
+    return group is None or dist.get_world_size(group) == 1
+
+
 def _over_group(values: list[Tensor], group: dist.ProcessGroup | None) -> tuple[list[Tensor], int]:
     """Integer tensors summed over the group in one collective, and the number of ranks."""
-    if group is None or dist.get_world_size(group) == 1:
+    if is_local(group):
         return values, 1
+    assert group is not None
     packed = torch.cat([value.reshape(-1).to(torch.int64) for value in values])
     dist.all_reduce(packed, group=group)
     pieces = packed.split([value.numel() for value in values])

@@ -10,24 +10,24 @@ T tokens, D hidden, E experts, K top-k, S sequences.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from moe_layer import losses
+from moe_layer import losses, stats
 from moe_layer.balance import update_expert_bias
 from moe_layer.config.model import MoEConfig
 from moe_layer.errors import RoutingError
 from moe_layer.ops.attach_losses import attach_losses
+from moe_layer.ops.batch_losses import SUMMARY, batch_losses
 from moe_layer.ops.capacity import apply_capacity, expert_capacity
 from moe_layer.ops.fan_out import LateProduct
 from moe_layer.ops.gate import gate_logits
 from moe_layer.ops.route_topk import NUM_EVENTS, RouteTopk, route_topk
 from moe_layer.ops.uniform import uniform_ids
 from moe_layer.replay.tap import Routed, RoutingTap
-from moe_layer.stats import EVENT_NAMES
+from moe_layer.stats import EVENT_NAMES, LOG_NAMES
 from moe_layer.types import Routing, RoutingDecision
 
 if TYPE_CHECKING:
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
     from moe_layer.parallel.context import ParallelContext
 
-LOG_NAMES = ("aux", "z", "micro_batches", "tokens", "dropped", *EVENT_NAMES)
-"""What `collect_stats` sums over the backward passes: unscaled losses, passes, valid tokens, dropped slots, events."""
 _FP32_BUFFERS = ("expert_bias", "loss_scale", "log_sums")
 
 
@@ -141,17 +139,12 @@ class Router(nn.Module):
         dropped = None if counts_E is routed.counts else routed.counts.sum() - counts_E.sum()
         unscaled, scaled = {}, {}
         if attaches:
-            quiet = self._is_quiet and valid_T is None and dropped is None and not torch.compiler.is_compiling()
-            if quiet:  # no losses, no capacity, no mask: nothing to launch
-                log_values, log_events = _quiet_head(x_TD.shape[0], x_TD.device), routed.events
-            else:
-                boundaries = cu_seqlens if self.config.losses.aux == "sequence" else None
-                num_valid_S = losses.tokens_per_sequence(x_TD.shape[0], valid_T, boundaries, x_TD.device)
-                unscaled, scaled = self._losses(routed, num_valid_S)
-                log_values, log_events = _log_values(unscaled, num_valid_S, dropped, routed.events)
+            unscaled, scaled, stacked, log_values, log_events = self._attached(
+                routed, x_TD.shape[0], valid_T, cu_seqlens, dropped
+            )
             weights_TK = attach_losses(
                 weights_TK,
-                torch.stack(list(scaled.values())) if scaled else None,
+                stacked,
                 self.loss_scale,
                 counts_E if replay is None else self._counted(logits_TE, valid_T, counts_E),
                 self.tokens_per_expert,
@@ -271,6 +264,50 @@ class Router(nn.Module):
         coefficients = {"aux": cfg.aux_coeff, "z": cfg.z_coeff}
         return unscaled, {name: value * coefficients[name] for name, value in unscaled.items()}
 
+    def _attached(
+        self,
+        routed: RouteTopk,
+        num_tokens: int,
+        valid_T: Tensor | None,
+        cu_seqlens: Tensor | None,
+        dropped: Tensor | None,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None, Tensor, Tensor | None]:
+        """Losses unscaled, scaled and scaled in one tensor; the head of the log and the events that follow it."""
+        if self._is_quiet and valid_T is None and dropped is None and not torch.compiler.is_compiling():
+            return {}, {}, None, stats.quiet_head(num_tokens, routed.events.device), routed.events
+        local = self._local_losses(routed) if dropped is None else None
+        if local is not None:
+            unscaled, scaled, stacked, head = local
+            return unscaled, scaled, stacked, *stats.with_events(head, routed.events)
+        boundaries = cu_seqlens if self.config.losses.aux == "sequence" else None
+        num_valid_S = losses.tokens_per_sequence(num_tokens, valid_T, boundaries, routed.events.device)
+        unscaled, scaled = self._losses(routed, num_valid_S)
+        stacked = torch.stack(list(scaled.values())) if scaled else None
+        return unscaled, scaled, stacked, *stats.log_values(unscaled, num_valid_S, dropped, routed.events)
+
+    def _local_losses(self, routed: RouteTopk) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, Tensor] | None:
+        """What `_losses` returns, the scaled losses as one tensor and the head of the log, in one launch.
+
+        None where more than one op is needed: several ranks or sequences, a history, fp64, or no loss at all.
+        """
+        cfg = self.config.losses
+        has_aux, has_z = routed.aux_counts.ndim == 2, cfg.z_coeff > 0.0
+        simple = cfg.aux in ("none", "batch") and routed.weights.dtype == torch.float32 and (has_aux or has_z)
+        if not simple or not losses.is_local(self._data_group):
+            return None
+        result = batch_losses(
+            routed.counts,
+            routed.aux_counts if has_aux else None,
+            routed.score_sum if has_aux else None,
+            routed.z_sum if has_z else None,
+            top_k=self.config.router.top_k,
+            aux_coeff=cfg.aux_coeff,
+            z_coeff=cfg.z_coeff,
+        )
+        names = [name for name, present in (("aux", has_aux), ("z", has_z)) if present]
+        unscaled = {name: result.summary[SUMMARY.index(name)] for name in names}
+        return unscaled, dict(zip(names, result.scaled.unbind(), strict=True)), result.scaled, result.summary
+
     @property
     def _is_quiet(self) -> bool:
         """No auxiliary loss is configured."""
@@ -346,31 +383,3 @@ class Router(nn.Module):
         self.logged_until.copy_(self.tokens_per_expert)
         self.log_sums.zero_()
         return stats
-
-
-def _log_values(
-    unscaled: dict[str, Tensor], num_valid_S: Tensor, dropped: Tensor | None, events: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """fp32 sums in the order of LOG_NAMES and the events that follow them (None under torch.compile: they are in the
-    first)."""
-    zero = torch.zeros((), device=events.device)
-    head = [
-        unscaled.get("aux", zero),
-        unscaled.get("z", zero),
-        zero + 1,
-        num_valid_S.sum(),
-        zero if dropped is None else dropped,
-    ]
-    values = torch.stack([value.detach().to(torch.float32) for value in head])
-    if torch.compiler.is_compiling():
-        return torch.cat((values, events[: len(EVENT_NAMES)].to(torch.float32))), None
-    return values, events
-
-
-@lru_cache(maxsize=64)
-def _quiet_head(tokens: int, device: torch.device) -> Tensor:
-    """aux, z, micro_batches, tokens, dropped of a pass without losses; a copy from the host would synchronise."""
-    head = torch.zeros(5, device=device)
-    head[2].fill_(1.0)
-    head[3].fill_(float(tokens))
-    return head

@@ -370,7 +370,7 @@ def route_topk(
         "map_format": map_format,
     }
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and logits.requires_grad):
-        result = RouteTopk(*torch.ops.moe_layer.route_topk(*tensors, **options))
+        result = RouteTopk(*call_plain(torch.ops.moe_layer.route_topk, *tensors, **options))
     else:
         result = RouteTopk(*_EagerDoor.apply(*tensors, options))
     if logits.ndim == 2:
