@@ -4,7 +4,7 @@
 // softmax without renormalisation) reads the row once. Contributions of the K slots meet the dense part in shared memory, so
 // that a bf16 result is rounded once and every row is written with 16-byte stores. Formulas: route_topk_ref.py.
 
-#include "router_common.cuh"
+#include "router_args.cuh"
 
 namespace moe_layer::router {
 namespace {

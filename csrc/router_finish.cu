@@ -3,7 +3,7 @@
 // On sm_90 and later it is launched beside the router (programmatic dependent launch) and waits for it on the device, so that
 // its launch costs no time of its own. The order of the additions is fixed: the same bits in every run.
 
-#include "router_common.cuh"
+#include "router_args.cuh"
 
 namespace moe_layer::router {
 namespace {

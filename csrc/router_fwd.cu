@@ -4,7 +4,7 @@
 // sequences, dense outputs or uncommon sizes: a tiny kernel that zeroes the counters, and the router that adds to them. On sm_90
 // and later the second kernel is launched beside the first (programmatic dependent launch) and waits for it on the device.
 
-#include "router_common.cuh"
+#include "router_args.cuh"
 
 #include <string>
 #include <tuple>

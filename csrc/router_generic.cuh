@@ -1,7 +1,7 @@
 // Block-wide helpers of the general router kernels: one block owns one row; A is float, or double for fp64 logits.
 #pragma once
 
-#include "router_common.cuh"
+#include "router_args.cuh"
 
 namespace moe_layer::router {
 

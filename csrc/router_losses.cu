@@ -1,6 +1,6 @@
 // moe_layer::batch_losses and its backward on CUDA: one small launch each. Formulas: moe_layer/ops/batch_losses.py.
 
-#include "router_common.cuh"
+#include "router_args.cuh"
 
 #include <tuple>
 

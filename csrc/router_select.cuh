@@ -7,7 +7,7 @@
 // A key field of 0 is a key that is not finite: last, by lower id, and exact.
 #pragma once
 
-#include "router_common.cuh"
+#include "router_args.cuh"
 
 namespace moe_layer::router {
 

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from moe_layer.ops import _ext
+from moe_layer.ops import batch_losses as losses_module
 from moe_layer.ops import route_topk as module
+from moe_layer.ops.batch_losses import batch_losses
 from moe_layer.ops.copy_ids import copy_ids
 from moe_layer.ops.route_topk import RouteTopk, route_topk
 
@@ -165,15 +167,22 @@ def variants(shape: Shape, inputs: Inputs, replay: bool) -> dict[str, Callable[[
         at = index % count
         return torch.ops.moe_layer.route_topk_bwd(*given, inputs.logits[at], inputs.ids[at], None, None, **options)
 
+    def whole(index: int, **more: Any) -> RouteTopk:
+        """Weights, ids, counts and the finished losses: the router's part of a training step."""
+        out = forward(index, **(LOSSES | more))
+        batch_losses(out.counts, out.aux_counts, out.score_sum, out.z_sum, top_k=shape.top_k)
+        return out
+
     def replayed(index: int, ids: list[Tensor] = inputs.ids, **more: Any) -> RouteTopk:
-        return forward(index, replay_ids=ids[index % count], **(LOSSES | more))
+        return whole(index, replay_ids=ids[index % count], **more)
 
     calls = {
-        "forward": lambda i: forward(i, **LOSSES),
+        "forward": whole,
+        "forward, sums only": lambda i: forward(i, **LOSSES),
         "forward, no losses": forward,
         "forward, effective": lambda i: forward(i, aux_counts="effective", want_z=True),
         "replayed": replayed,
-        "recorded": lambda i: copy_ids(forward(i, **LOSSES).ids, buffer, num_experts=shape.experts),
+        "recorded": lambda i: copy_ids(whole(i).ids, buffer, num_experts=shape.experts),
         "backward": backward,
         "backward, weights only": lambda i: backward(i, (inputs.d_weights, None, None, None, None)),
     }
@@ -191,7 +200,9 @@ def peer_reference(shape: Shape, inputs: Inputs, compiled: bool) -> dict[str, Ca
     grads = (inputs.d_weights, inputs.d_score_sum, inputs.d_z, None, None)
 
     def forward(x: Tensor) -> Any:
-        return forward_body(x, inputs.bias, None, None, None, None, **given)
+        out = RouteTopk(*forward_body(x, inputs.bias, None, None, None, None, **given))
+        sums = (out.counts, out.aux_counts, out.score_sum, out.z_sum)
+        return out, losses_module._op._init_fn(*sums, top_k=shape.top_k, aux_coeff=1.0, z_coeff=1.0)
 
     def backward(x: Tensor, ids: Tensor) -> Any:
         return backward_body(*grads, x, ids, None, None, **options)
