@@ -21,7 +21,7 @@ from moe_layer.errors import ConfigError, RoutingError
 from moe_layer.experts import Experts
 from moe_layer.experts.packed import pack, packed_experts
 from moe_layer.experts.parameters import local_part
-from moe_layer.experts.shared import SharedExpert
+from moe_layer.experts.shared import SharedExpert, start_beside
 from moe_layer.ops.fan_out import LateProduct, fan_out
 from moe_layer.ops.kernels import note_first_cuda_use, require_kernels
 from moe_layer.parallel.compat import broadcast
@@ -196,11 +196,12 @@ class MoELayer(nn.Module):
             rows, y_TD = packed_experts(
                 self.experts, shared, received, part_TD, alignment=alignment, sum_gradient=sum_gradient
             )
-        elif share is None or share.reduce:
-            rows, y_TD = self.experts(received), shared(x_TD)
-            share = None  # every rank has all tokens and the whole result
         else:
-            rows, y_TD = self.experts(received), shared(share.take(x_TD))
+            if share is not None and share.reduce:
+                share = None  # every rank has all tokens and the whole result
+            finish = start_beside(shared, x_TD if share is None else share.take(x_TD))
+            rows = self.experts(received)
+            y_TD = finish()
         if share is not None:
             y_TD = share.spread(y_TD, tokens=x_TD.shape[0])
         if self.shared_expert_gate is not None:

@@ -1,6 +1,9 @@
-"""SharedExpert: the SwiGLU MLP that every token passes through."""
+"""SharedExpert: the SwiGLU MLP that every token passes through, on a CUDA stream of its own under `mode: overlap`."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -40,3 +43,32 @@ class SharedExpert(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] in, [T, D] out in the same dtype (autocast's under autocast)."""
         return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream per device for all shared experts: their layers follow each other anyway."""
+    return torch.cuda.Stream(device)
+
+
+def start_beside(shared: SharedExpert, x_TD: Tensor) -> Callable[[], Tensor]:
+    """Start `shared(x_TD)` beside whatever the current stream does next; call the result to wait for the output.
+
+    Autograd runs a node's backward on the stream of its forward, so the backward overlaps too. Elsewhere than on CUDA,
+    and while compiling, the call is made here and now.
+    """
+    if not x_TD.is_cuda or torch.compiler.is_compiling():
+        y_TD = shared(x_TD)
+        return lambda: y_TD
+    main, side = torch.cuda.current_stream(x_TD.device), _side_stream(x_TD.device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        y_TD = shared(x_TD)
+    x_TD.record_stream(side)
+
+    def finish() -> Tensor:
+        main.wait_stream(side)
+        y_TD.record_stream(main)
+        return y_TD
+
+    return finish

@@ -3,6 +3,7 @@
 
     python scripts/bench/layer_gpu.py --out docs/benchmarks/layer_h200.jsonl
     python scripts/bench/layer_gpu.py --peer sonic --peer-path SITE --peer-cache DIR --shapes qwen3-30b-16k qwen3-30b-4k
+    python scripts/bench/layer_gpu.py --first-step --shapes qwen3-30b-4k
     python scripts/bench/layer_gpu.py --main-grad --shapes qwen3-30b-16k qwen3-30b-4k
 
 One JSON line a shape: medians of ours eager and in a CUDA graph, of the same layer over torch's grouped GEMM, of the
@@ -15,9 +16,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="print the kernels of one step")
     parser.add_argument("--host-profile", action="store_true", help="print where the host's time goes")
     parser.add_argument("--main-grad", action="store_true", help="only: what fp32 accumulation costs in backward")
+    parser.add_argument("--first-step", action="store_true", help="only: seconds to the first step, cold and warm")
     parser.add_argument("--peer", choices=["sonic"], default=None)
     parser.add_argument("--peer-path", default="", help="PYTHONPATH of the peer's wheels")
     parser.add_argument("--peer-cache", type=Path, default=Path("peer_cache"), help="folder of the peer's autotuner")
@@ -170,6 +174,43 @@ def measure_main_grad(name: str, arguments: argparse.Namespace) -> dict[str, Any
     }
 
 
+ONE_STEP = """
+import sys, time
+began = time.perf_counter()
+import torch
+import layer_parts as parts
+from layer_shapes import SHAPES
+imported = time.perf_counter()
+shape = SHAPES[sys.argv[1]]
+layer = parts.make_layer(shape, "quack")
+x, upstream = parts.make_inputs(shape)
+torch.cuda.synchronize()
+made = time.perf_counter()
+parts.make_step(layer, x, upstream)()
+torch.cuda.synchronize()
+print(*(round(t - began, 2) for t in (imported, made, time.perf_counter())))
+"""
+
+
+def measure_first_step(name: str) -> dict[str, Any]:
+    """Seconds to the end of the first forward + backward in a fresh process: QuACK's cache on disk empty, then full.
+
+    The step alone, and with importing torch and making the layer.
+    """
+    row: dict[str, Any] = {"shape": name, "what": "first_step", "goal_cold_s": 20, "goal_warm_s": 5}
+    with tempfile.TemporaryDirectory() as cache:
+        folders = f"{ROOT}{os.pathsep}{ROOT / 'scripts/bench'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+        environment = {**os.environ, "QUACK_CACHE_DIR": cache, "PYTHONPATH": folders}
+        for kind in ("cold", "warm"):
+            command = [sys.executable, "-c", ONE_STEP, name]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+            if done.returncode != 0:
+                return {**row, "failed": done.stderr[-500:]}
+            imported, made, stepped = map(float, done.stdout.split()[-3:])
+            row[kind] = {"step_s": round(stepped - made, 2), "import_s": imported, "process_s": stepped}
+    return row
+
+
 def main() -> None:
     arguments = parse_arguments()
     rates = {"bandwidth": parts.copy_bandwidth(), "rate": parts.gemm_rate()}
@@ -191,9 +232,12 @@ def main() -> None:
         peer = Peer(site=arguments.peer_path, cache=arguments.peer_cache, log=log)
     for name in arguments.shapes:
         torch.cuda.reset_peak_memory_stats()
-        row = {**about, **(measure_main_grad(name, arguments) if arguments.main_grad else {})}
-        if not arguments.main_grad:
-            row.update(measure(name, arguments, rates, peer))
+        if arguments.first_step:
+            row = {**about, **measure_first_step(name)}
+        elif arguments.main_grad:
+            row = {**about, **measure_main_grad(name, arguments)}
+        else:
+            row = {**about, **measure(name, arguments, rates, peer)}
         print(json.dumps({key: value for key, value in row.items() if key not in about}), flush=True)
         if arguments.out is not None:
             with arguments.out.open("a") as file:

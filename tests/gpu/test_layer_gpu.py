@@ -275,3 +275,56 @@ def test_packed_h_has_the_bits_of_the_cpu(columns, dtype):
     assert torch.equal(found[:, columns:], packed[:, columns:])
     back, want = unpack_fp8(packed.cuda(), columns, dtype).cpu(), unpack_fp8(packed, columns, dtype)
     assert torch.equal(back[~nan], want[~nan]) and back[nan].isnan().all()
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_shared_expert_on_its_own_stream_changes_no_bit(backend, monkeypatch):
+    import moe_layer.layer as module
+
+    config = {"shared_expert": SharedExpertConfig(intermediate_size=512, gate=True)}
+    beside, after = make(backend, **config), make(backend, **config)
+    after.load_state_dict(beside.state_dict())
+    x, upstream = torch.randn(2, 2048, D, device="cuda").bfloat16()
+    results = [step(beside, x, upstream) for _ in range(5)]
+
+    def at_once(shared, x_TD):
+        y_TD = shared(x_TD)
+        return lambda: y_TD
+
+    monkeypatch.setattr(module, "start_beside", at_once)
+    want = step(after, x, upstream)
+    for got in results:
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_shared_expert_in_a_cuda_graph(backend):
+    layer = make(backend, shared_expert=SharedExpertConfig(intermediate_size=512))
+    x = torch.randn(300, D, device="cuda").bfloat16().requires_grad_()
+    upstream = torch.randn(300, D, device="cuda").bfloat16()
+
+    def run():
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+        y = layer(x)
+        y.backward(upstream)
+        return y
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    captured = [y, x.grad, *(p.grad for p in layer.parameters())]
+    for _ in range(3):
+        fresh = torch.randn(300, D, device="cuda").bfloat16()
+        x.data.copy_(fresh)
+        graph.replay()
+        got = [value.clone() for value in captured]
+        twin = make(backend, shared_expert=SharedExpertConfig(intermediate_size=512))
+        twin.load_state_dict(layer.state_dict())
+        assert all(torch.equal(a, b) for a, b in zip(got, step(twin, fresh, upstream), strict=True))
