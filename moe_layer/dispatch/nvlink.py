@@ -102,7 +102,8 @@ class FusedCall:
     def take(self, phase: Phase, own_rows: Tensor, out: Tensor) -> None:
         """Rows of a push, into the experts' places (or compact)."""
         assert self.base_R1 is not None and self.recv_R is not None
-        compact = self.dispatcher.config.rows == "compact"
+        config = self.dispatcher.config
+        compact, static = config.rows == "compact", config.capacity == "static"
         self.window.take(
             self.trips.pop(phase),
             own_rows,
@@ -110,8 +111,8 @@ class FusedCall:
             self.base_R1,
             self.recv_R,
             row_CK=None if compact else self.row_CK,
-            slot_N=self.slot_N if self.dispatcher.config.alignment > 1 and not compact else None,
-            offsets_L1=None if compact else self.offsets_L1,
+            slot_N=self.slot_N if (static if compact else config.alignment > 1) else None,
+            offsets_L1=self.offsets_L1 if static or not compact else None,
             out=out,
         )
         self.report()
@@ -252,11 +253,10 @@ class NvlinkDispatcher(ExchangeDispatcher):
         rows, probs_N, rank_C, token_C = _DispatchRecv.apply(token, handle)
         slot_N, ids_CK, row_CK, offsets_L1 = handle.slot_N, handle.ids_CK, handle.row_CK, handle.offsets_L1
         assert slot_N is not None and ids_CK is not None and row_CK is not None and offsets_L1 is not None
-        counts_L = (
-            offsets_L1.diff()
-            if self.config.alignment == 1
-            else _counts(ids_CK, first_expert=self.first_expert, num_local=self.num_local)
-        )
+        counts_L = offsets_L1.diff()
+        if self.config.alignment > 1:
+            real_L = _counts(ids_CK, first_expert=self.first_expert, num_local=self.num_local)
+            counts_L = torch.minimum(real_L, counts_L) if self.config.capacity == "static" else real_L
         split = partial(
             split_counts, ids_CK - self.first_expert, rank_C, num_local=self.num_local, num_ranks=self.link.size
         )
@@ -366,6 +366,8 @@ class _DispatchRecv(torch.autograd.Function):
         x_TD, call.x_TD = call.x_TD, None
         rows = x_TD.new_empty(room if config.rows == "compact" else num_rows, x_TD.shape[1])
         call.take("dispatch", x_TD, rows)
+        if config.capacity == "static":  # after an overflow, reported above, nobody may read or write past the rows
+            call.offsets_L1 = order.offsets_L1.clamp_max(num_rows)
         probs_N = gather_slots(weights_CK, slot_N)
         ctx.call = call
         ctx.mark_non_differentiable(rank_C, token_C)
@@ -418,6 +420,7 @@ class _CombineRecv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_y_TD: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         call: FusedCall = ctx.call
+        _ = ctx.saved_tensors  # recompute runs here, before the trips of this backward take slots of the ring
         d_add = None if ctx.add_dtype is None else d_y_TD.to(ctx.add_dtype)
         d_y_TD = d_y_TD.to(call.dtype).contiguous()
         call.push("combine backward", d_y_TD)

@@ -446,7 +446,7 @@ def ep_take(
         base_R1, counts_R: int32; row i of source r, i < counts_R[r], is compact row base_R1[r] + i.
         row_CK: int32, -1 = absent; None: row c of `out` is compact row c.
         slot_N, offsets_L1: with both, rows of `out` that are pads (slot_N < 0, before the last offset) become zeros; an
-            `out` with fewer rows than the last offset is reported as an overflow.
+            `out` (without row_CK: a slot_N) with fewer rows than the last offset is reported as an overflow.
         out: `[N, width bytes]`, filled with 0xFF after a failure.
     """
     op = torch.ops.moe_layer.ep_take
@@ -472,9 +472,10 @@ def _ep_take(
     try:
         t.start()
         t.headers()
-        if offsets is not None and int(offsets[-1]) > out.shape[0]:
-            raise t.fail(OVERFLOW, peer=t.me, wanted=int(offsets[-1]), seen=out.shape[0])
-        if slot is not None and offsets is not None and out.numel():
+        places = slot.shape[0] if slot is not None and row_index is None else out.shape[0]
+        if offsets is not None and int(offsets[-1]) > places:
+            raise t.fail(OVERFLOW, peer=t.me, wanted=int(offsets[-1]), seen=places)
+        if slot is not None and offsets is not None and row_index is not None and out.numel():
             pads = (slot < 0) & (torch.arange(out.shape[0]) < offsets[-1])
             out[pads] = 0
         for source, count in enumerate(counts.tolist()):

@@ -37,7 +37,8 @@ def sort_slots(ids_CK: Tensor, *, first_expert: int, num_local: int, alignment: 
     Args:
         ids_CK: int32 `[C, K]` global expert ids.
         alignment: every expert's rows are padded to a multiple of this.
-        num_rows: N, at least the padded total; rows past `offsets_L1[-1]` belong to nobody.
+        num_rows: N, normally at least the padded total; rows past `offsets_L1[-1]` belong to nobody. Slots whose row
+            would lie past N have none (row_CK -1): whoever allows that compares `offsets_L1[-1]` with N.
     """
     return SlotOrder(*call_plain(torch.ops.moe_layer.sort_slots, ids_CK, first_expert, num_local, alignment, num_rows))
 
@@ -76,10 +77,10 @@ def _sort_slots(
     # sorted position -> row: shifted by the pads of the experts before it; absent slots go to a row that is cut off
     shift_L1 = offsets_L1 - begin_L1
     position_P = torch.arange(order_P.numel(), device=order_P.device)
-    row_P = torch.where(key_P < num_local, position_P + shift_L1.index_select(0, key_P), num_rows)
+    row_P = torch.where(key_P < num_local, position_P + shift_L1.index_select(0, key_P), num_rows).clamp_max(num_rows)
     slot_N = torch.full((num_rows + 1,), -1, dtype=torch.int32, device=ids.device)
     slot_N.scatter_(0, row_P, order_P.to(torch.int32))
-    row_CK = torch.empty_like(local_P).scatter_(0, order_P, torch.where(key_P < num_local, row_P, -1).to(torch.int32))
+    row_CK = torch.empty_like(local_P).scatter_(0, order_P, torch.where(row_P < num_rows, row_P, -1).to(torch.int32))
     slot_N = slot_N[:-1].clone()
     index_N = slot_N.clamp_min(0) // max(ids.shape[1], 1)
     token_N = torch.where(slot_N >= 0, index_N, -1)

@@ -97,7 +97,7 @@ def apply_experts(received: Received, experts: Tensor) -> Tensor:
         out.append(hidden @ experts[e, 1])
         out.append(rows.new_full((off[e + 1] - off[e] - counts[e], rows.shape[1]), torch.nan))
     out.append(rows.new_full((received.probs_N.shape[0] - off[-1], rows.shape[1]), torch.nan))
-    return torch.cat(out) + 0 * received.rows.sum()
+    return torch.cat(out) + received.rows[:0].sum()  # the edge of the graph when there is no row; the tail is not read
 
 
 @dataclass(frozen=True)

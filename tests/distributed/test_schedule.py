@@ -158,6 +158,32 @@ def test_backward_twice_and_no_grad(ranks: ThreadRanks, backend: str) -> None:
     ranks.run(2, one)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("leaves", [("x",), ("w",), ("experts",), ("w", "experts"), ()])
+def test_leaves_without_gradients(ranks: ThreadRanks, backend: str, leaves: tuple[str, ...]) -> None:
+    """x, weights or experts alone require gradients: the others' are not made, theirs are the same bits."""
+    case = make_case(0, T=20, D=8, E=8, K=3)
+
+    def one(context: ParallelContext) -> None:
+        want = run_case(case, config_for(backend), context)
+        d = _bound(context, case, backend)
+        share = Share(case, context, replicated=backend == "replicated")
+        for name in ("x", "w", "experts"):
+            getattr(share, name).requires_grad_(name in leaves)
+        y = share.forward(d, share.x, share.w)
+        assert torch.equal(y, want.y) and y.requires_grad == bool(leaves)
+        if leaves:
+            y.backward(share.dy)
+        for name, field in (("x", "dx"), ("w", "dw"), ("experts", "d_experts")):
+            gradient = getattr(share, name).grad
+            assert gradient is None if name not in leaves else torch.equal(gradient, getattr(want, field))
+        with torch.inference_mode():
+            quiet = share.forward(d, share.x, share.w)
+        assert torch.equal(quiet, want.y) and not quiet.requires_grad
+
+    ranks.run(2, one)
+
+
 def test_a_dropped_handle_does_not_disturb_the_next(ranks: ThreadRanks) -> None:
     case = make_case(0, T=20, D=8, E=8, K=3)
 

@@ -1,0 +1,90 @@
+"""Any number of ranks of the nvlink dispatcher in one thread: every phase for all ranks before the next one begins.
+
+A rank then never waits for what another has yet to send, so that nothing has to run at the same time: one small GPU
+plays eight ranks, a sanitizer may make every launch wait for its end, and a CPU needs neither threads nor groups.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_layer.config.model import DispatchConfig
+from moe_layer.dispatch.nvlink import NvlinkDispatcher
+from moe_layer.dispatch.window import Window, WindowSize
+from moe_layer.dispatch.wire import Link
+from moe_layer.ops import ep
+from moe_layer.parallel.context import ParallelContext
+from moe_layer.types import Received, Routing
+from tests.distributed.cases import Case, Result, apply_experts, even_cuts
+
+
+def make_links(ranks: int, device: str, deadline_s: float = 10.0) -> list[Link]:
+    """Without a group: nothing but the windows joins the ranks."""
+    contexts = [ParallelContext(None, ep_rank=r, ep_size=ranks, device=device) for r in range(ranks)]
+    return [Link(context, layer=0, config_hash=1, deadline_s=deadline_s) for context in contexts]
+
+
+def open_windows(size: WindowSize, links: list[Link], memories: list[Tensor] | None = None) -> list[Window]:
+    """The ranks' windows in `memories` (uint8, zeroed; made here by default), bound to the links."""
+    device = links[0].context.device
+    if memories is None:
+        memories = [torch.zeros(size.num_bytes, dtype=torch.uint8, device=device) for _ in links]
+    peers = torch.tensor([memory.data_ptr() for memory in memories], dtype=torch.int64).to(device)
+    windows = []
+    for link, memory in zip(links, memories, strict=True):
+        window = Window.__new__(Window)
+        window.size, window.rank, window.device = size, link.rank, device
+        window.memory, window.peers, window._keep = memory, peers, None
+        words = ep.STATE_HEAD + 2 * size.depth * ep.SLOT_WORDS
+        window.state = torch.zeros(words, dtype=torch.int32, device=device)
+        window.free = ([*range(size.depth)], [*range(size.depth, 2 * size.depth)])
+        window._abandoned, window.stream = {}, None
+        link.context.window = window
+        windows.append(window)
+    return windows
+
+
+class PhaseRanks:
+    """Dispatchers of all ranks over windows that are wide enough for any option."""
+
+    def __init__(self, config: DispatchConfig, case: Case, ranks: int, *, device: str = "cpu") -> None:
+        assert config.max_tokens_per_rank is not None
+        width = case.x_TD.shape[1] * 8 + 16 * case.top_k + 64
+        words = 1 + 2 * case.top_k
+        size = WindowSize(ranks, config.max_tokens_per_rank, width // 16 * 16 + 16, words, config.ring_depth)
+        self.links = make_links(ranks, device, config.deadline_s)
+        self.windows = open_windows(size, self.links)
+        shape: dict[str, Any] = {"num_experts": case.num_experts, "top_k": case.top_k}
+        self.dispatchers = [NvlinkDispatcher(config, **shape, link=link) for link in self.links]
+
+    def dispatch(self, xs: list[Tensor], routings: list[Routing]) -> list[Received]:
+        sent = [d.dispatch_send(x, r) for d, x, r in zip(self.dispatchers, xs, routings, strict=True)]
+        return [d.dispatch_recv(*half) for d, half in zip(self.dispatchers, sent, strict=True)]
+
+    def combine(self, rows: list[Tensor], received: list[Received]) -> list[Tensor]:
+        sent = [d.combine_send(a, b) for d, a, b in zip(self.dispatchers, rows, received, strict=True)]
+        return [d.combine_recv(*half) for d, half in zip(self.dispatchers, sent, strict=True)]
+
+    def run(self, case: Case, cuts: list[int] | None = None) -> list[Result]:
+        """Forward and backward. The engine takes nodes in reverse order of creation: phase by phase too."""
+        R = len(self.links)
+        cuts = cuts or even_cuts(case.x_TD.shape[0], R)
+        L = case.num_experts // R
+        mine = [slice(cuts[r], cuts[r + 1]) for r in range(R)]
+        xs = [case.x_TD[s].clone().requires_grad_() for s in mine]
+        ws = [case.w_TK[s].clone().requires_grad_() for s in mine]
+        experts = [case.experts[r * L : (r + 1) * L].clone().requires_grad_() for r in range(R)]
+        counts = torch.zeros(case.num_experts, dtype=torch.int32)
+        routings = [
+            Routing(ids_TK=case.ids_TK[s], weights_TK=w, counts_E=counts) for s, w in zip(mine, ws, strict=True)
+        ]
+        received = self.dispatch(xs, routings)
+        ys = self.combine([apply_experts(a, e) for a, e in zip(received, experts, strict=True)], received)
+        torch.autograd.backward(ys, [case.dy_TD[s] for s in mine])
+        for d in self.dispatchers:
+            d.check()
+        parts = zip(ys, xs, ws, experts, strict=True)
+        return [Result(y.detach(), x.grad, w.grad, e.grad) for y, x, w, e in parts]  # type: ignore[arg-type]
