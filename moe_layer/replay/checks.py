@@ -44,6 +44,8 @@ def check_structure(trace: RoutingTrace) -> None:
                 f"{spec.top_k}; rows, layers or top_k were lost"
             )
     _check_boundaries(trace.cu_seqlens, n)
+    if trace.first_position < 0:
+        raise TraceError(f"first_position is {trace.first_position}, must be 0 or the rows before this fragment")
 
 
 def _check_boundaries(cu_seqlens: Tensor, rows: int) -> None:

@@ -72,12 +72,7 @@ def open_trace(path: Path, *, verify: bool) -> RoutingTrace:
         raise TraceError(
             f"{path} does not have the checksum it was written with; it is damaged, copy or record it again"
         )
-    try:
-        facts = json.loads(header["facts"])
-        spec = TraceSpec(int(facts["num_experts"]), int(facts["top_k"]), tuple(facts["layers"]))
-        first, notes = int(facts["first_position"]), dict(facts["notes"])
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise TraceError(f"{path} has an unreadable description ({error}); it is damaged, record it again") from error
+    spec, first, notes = _read_facts(path, header["facts"])
     trace = RoutingTrace(spec=spec, first_position=first, notes=notes, **tensors)
     if verify:
         trace.validate()
@@ -99,6 +94,23 @@ def _facts(trace: RoutingTrace) -> str:
         "notes": dict(trace.notes),
     }
     return json.dumps(facts, sort_keys=True)
+
+
+def _read_facts(path: Path, text: str) -> tuple[TraceSpec, int, dict[str, str]]:
+    """What `_facts` wrote; the checksum says nothing about a writer that is not ours."""
+    try:
+        facts = json.loads(text)
+        numbers = [facts[name] for name in ("num_experts", "top_k", "first_position")]
+        layers, notes = facts["layers"], facts["notes"]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise TraceError(f"{path} has an unreadable description ({error}); it is damaged, record it again") from error
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**31 for n in numbers)
+    if not whole or not isinstance(layers, list) or not isinstance(notes, dict):
+        raise TraceError(
+            f"{path} has an unreadable description (num_experts, top_k, first_position {numbers}, layers "
+            f"{str(layers)[:40]}, notes {str(notes)[:40]}); it is damaged, record it again"
+        )
+    return TraceSpec(numbers[0], numbers[1], tuple(layers)), numbers[2], notes
 
 
 def _digest(facts: str, tensors: dict[str, Tensor]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -153,6 +154,11 @@ LIES: dict[str, tuple[Callable[[], Any], str]] = {
     "vllm too many rows": (lambda: _vllm("vllm_0_14", num_tokens=4), "returned 5 rows for 4 tokens, must be 4 or 3"),
     "vllm other layers": (lambda: _vllm("vllm_0_14", axis=LayerAxis(("a", "b", "c"))), "has 4 layers, expected 3"),
     "vllm floats": (lambda: from_vllm(torch.zeros(5, 2, 2), **SMALL), "must be integers"),
+    "vllm fractions in lists": (lambda: from_vllm([[[0, 1.5], [2, 3]]], **SMALL), "must be integers, got float64"),
+    "vllm truth values": (lambda: from_vllm(torch.ones(5, 2, 2, dtype=torch.bool), **SMALL), "got torch.bool"),
+    "vllm rows of unequal lengths": (lambda: from_vllm([[[0, 1], [2]]], **SMALL), "lists of unequal lengths"),
+    "vllm gaps in lists": (lambda: from_vllm([[[0, None], [2, 3]]], **SMALL), "must be integers, got object"),
+    "vllm negative start": (lambda: _vllm("vllm_0_14", start=-1), "start must be an integer from 0, got -1"),
     "vllm stages not gathered": (
         lambda: from_vllm(
             torch.tensor(wire.decoder_rows(wire.RUN, 8)) * torch.tensor([1, 1, 1, 0]).view(4, 1), **SMALL
@@ -169,9 +175,14 @@ LIES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "prime-rl shape": (lambda: from_prime_rl(_changed("prime_rl_uint8", shape=[9, 2, 2]), **SMALL), "does not decode"),
     "prime-rl dtype": (lambda: from_prime_rl(_changed("prime_rl_uint8", dtype="int64"), **SMALL), "uint8 or uint16"),
+    "prime-rl start": (
+        lambda: from_prime_rl(_changed("prime_rl_uint8", start="2"), **SMALL),
+        "must be an integer from 0",
+    ),
     "prime-rl keys": (lambda: from_prime_rl({"data": ""}, **SMALL), "lacks"),
     "prime-rl padding as experts": (lambda: from_prime_rl(golden("prime_rl_padded"), **SMALL), "name an expert twice"),
     "nemo codec": (lambda: from_nemo_rl("nrlre2:int8:1x1x1:AA==", **SMALL), "not a NeMo-RL record"),
+    "nemo no text": (lambda: from_nemo_rl(None, **SMALL), "not a NeMo-RL record: 'None'"),  # type: ignore[arg-type]
     "nemo dtype": (lambda: from_nemo_rl(golden("nemo_rl_int16"), **SMALL), "uses int8 for 8 experts"),
     "nemo partial row": (
         lambda: from_nemo_rl(f"nrlre1:int8:1x2x2:{wire.pack([[[1, -1], [2, 3]]], 'b')}", **(SMALL | {"num_tokens": 1})),
@@ -187,6 +198,46 @@ def test_lies_are_refused(case: str) -> None:
     act, text = LIES[case]
     with pytest.raises(TraceError, match=text):
         act()
+
+
+def _mutated(value: Any, dice: random.Random) -> Any:
+    """The same with one leaf, key or entry changed, lost or doubled."""
+    if isinstance(value, (dict, list)) and value:
+        copied: Any = copy.copy(value)
+        at = dice.choice(list(copied) if isinstance(copied, dict) else range(len(copied)))
+        fate = dice.random()
+        if fate < 0.15:
+            del copied[at]
+        elif fate < 0.25 and isinstance(copied, list):
+            copied.append(copied[at])
+        else:
+            copied[at] = _mutated(copied[at], dice)
+        return copied
+    if isinstance(value, str):
+        at = dice.randrange(max(1, len(value)))
+        return dice.choice(
+            [value[:at] + dice.choice("Az=!9\u00e9:x-") + value[at + 1 :], value[:at], value + "A", None, 5]
+        )
+    return dice.choice([0, -1, -2, 10**6, 2**63, None, "x", 1.5, True, [1]])
+
+
+@pytest.mark.parametrize(
+    "source", ["sglang_int32", "sglang_openai", "sglang_tensor", "vllm_0_21", "prime_rl_uint8", "nemo_rl_int8"]
+)
+def test_mutated_records_are_valid_or_refused(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever happens to a record on its way: a trace that validates, or a TraceError; never another exception."""
+    dice, original = random.Random(source), golden(source)
+    refused = 0
+    for _ in range(150):
+        changed = _mutated(original, dice)
+        if source.startswith("vllm") and "routed_experts" not in changed:
+            continue
+        monkeypatch.setitem(globals(), "golden", lambda name, changed=changed: changed)
+        try:
+            SOURCES[source][0]().validate()
+        except TraceError:
+            refused += 1
+    assert refused > 50
 
 
 # ---- transformers ---------------------------------------------------------------------------------------------------

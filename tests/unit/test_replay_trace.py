@@ -194,6 +194,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown tensor": (lambda p: _forge(p, lambda t, h: t.update(x=torch.zeros(1))), r"unknown ones \['x'\]"),
     "bits beyond K": (lambda p: _forge(p, lambda t, h: t["valid"].fill_(255)), "bits set beyond top_k"),
     "description lost": (lambda p: _forge(p, lambda t, h: h.update(facts="{}")), "unreadable description"),
+    "description of other types": (lambda p: _forge(p, lambda t, h: _facts(h, top_k="x")), "unreadable description"),
+    "description too large": (
+        lambda p: _forge(p, lambda t, h: _facts(h, num_experts=10**30)),
+        "unreadable description",
+    ),
+    "notes of other types": (lambda p: _forge(p, lambda t, h: _facts(h, notes=[1])), "unreadable description"),
+    "negative position": (lambda p: make_trace(first_position=-1), "first_position is -1"),
     "NaN weights": (lambda p: _build(IDS, weights=NAN), "NaN or infinite"),
     "weights of another shape": (lambda p: _build(IDS, weights=NAN[1:]), "weights has shape"),
     "wrong tokens": (

@@ -31,9 +31,9 @@ def from_nemo_rl(
     Raises:
         TraceError: another codec, a dtype that does not follow from the number of experts, partly recorded rows.
     """
-    match = _CODEC.fullmatch(encoded)
+    match = _CODEC.fullmatch(encoded) if isinstance(encoded, str) else None
     if match is None:
-        raise TraceError(f"not a NeMo-RL record: {encoded[:40]!r}; expected nrlre1:<dtype>:<S>x<L>x<K>:<base64>")
+        raise TraceError(f"not a NeMo-RL record: {str(encoded)[:40]!r}; expected nrlre1:<dtype>:<S>x<L>x<K>:<base64>")
     dtype, *shape = match.groups()[:4]
     expected = "int8" if num_experts <= 128 else "int16" if num_experts <= 32768 else "int32"
     if dtype != expected:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moe_layer.errors import TraceError
-from moe_layer.replay.adapters.rows import LayerAxis, decode, trace_of_rows
+from moe_layer.replay.adapters.rows import LayerAxis, as_position, decode, trace_of_rows
 from moe_layer.replay.trace import RoutingTrace
 
 
@@ -59,5 +59,5 @@ def from_prime_rl(
         source="prime-rl",
         weights=None if weights is None else torch.as_tensor(weights).float(),
         token_ids=token_ids,
-        first_position=int(routed_experts.get("start", 0)),
+        first_position=as_position(routed_experts.get("start", 0), "prime-rl"),
     )

@@ -153,10 +153,32 @@ def decode(data: str, dtype: str, shape: Sequence[int], source: str) -> Tensor:
 
 
 def as_tensor(value: object, source: str) -> Tensor:
-    """An integer tensor from a tensor, a NumPy array or nested lists."""
+    """int64 on the CPU from an integer tensor, a NumPy array or nested lists.
+
+    Raises:
+        TraceError: something else, numbers that are no integers (they would be truncated), or rows of unequal lengths.
+    """
     if value is None or isinstance(value, (str, bytes, Mapping)):
         raise TraceError(f"{source} ids must be a tensor, an array or lists, got {type(value).__name__}")
-    tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value).astype(np.int64))
-    if tensor.is_floating_point():
-        raise TraceError(f"{source} ids must be integers, got {tensor.dtype}")
-    return tensor.detach().cpu().to(torch.int64)
+    if isinstance(value, Tensor):
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            raise TraceError(f"{source} ids must be integers, got {value.dtype}")
+        return value.detach().cpu().to(torch.int64)
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise TraceError(f"{source} ids are lists of unequal lengths ({error}); rows were lost") from error
+    if array.dtype.kind not in "iu" and array.size:
+        raise TraceError(f"{source} ids must be integers, got {array.dtype}")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def as_position(value: object, source: str) -> int:
+    """A position in a sequence.
+
+    Raises:
+        TraceError: no integer, or a negative one.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise TraceError(f"{source} start must be an integer from 0, got {value!r}")
+    return value

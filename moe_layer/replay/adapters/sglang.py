@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from moe_layer.errors import TraceError
-from moe_layer.replay.adapters.rows import LayerAxis, as_tensor, decode, trace_of_rows
+from moe_layer.replay.adapters.rows import LayerAxis, as_position, as_tensor, decode, trace_of_rows
 from moe_layer.replay.trace import RoutingTrace
 
 
@@ -45,7 +45,9 @@ def from_sglang(
         TraceError: data that does not decode, or other numbers of rows or layers; a server that ignored `start` is
             named.
     """
-    meta_info = meta_info.get("sgl_ext") or meta_info
+    start = as_position(start, "sglang")
+    nested = meta_info.get("sgl_ext")
+    meta_info = nested if isinstance(nested, Mapping) else meta_info
     data = meta_info.get("routed_experts")
     if data is None:
         raise TraceError(

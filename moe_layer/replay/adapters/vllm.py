@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moe_layer.errors import TraceError
-from moe_layer.replay.adapters.rows import LayerAxis, as_tensor, trace_of_rows
+from moe_layer.replay.adapters.rows import LayerAxis, as_position, as_tensor, trace_of_rows
 from moe_layer.replay.trace import RoutingTrace
 
 
@@ -62,5 +62,5 @@ def from_vllm(
         source="vllm",
         token_ids=token_ids,
         weights_version=weights_version,
-        first_position=start,
+        first_position=as_position(start, "vllm"),
     )
