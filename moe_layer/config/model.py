@@ -121,8 +121,8 @@ class BalanceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DispatchConfig:
-    backend: Literal["auto", "local", "replicated", "all_gather", "all_to_all", "nvlink"] = "auto"
-    """Token dispatcher; auto is local at one rank and all_to_all beyond; nvlink: one host's GPUs, our own kernels."""
+    backend: Literal["auto", "local", "replicated", "all_gather", "all_to_all", "nvlink", "nccl_ep", "deep_ep"] = "auto"
+    """Token dispatcher; auto: local at one rank, else all_to_all; nvlink: our kernels; nccl_ep, deep_ep: libraries."""
     rows: Literal["auto", "expert_major", "compact"] = "auto"
     """Layout of received rows; auto: compact (x is not copied) in a layer on one rank, unaligned; else expert_major."""
     alignment: Literal[1, 8, 16, 128] = 1

@@ -153,21 +153,42 @@ def losses(c: model.LossesConfig) -> Problems:
         yield from _ineffective(c, ("aux_coeff", "counts", "aux_group"), "aux batch, sequence or global")
 
 
+_LIBRARIES = ("nccl_ep", "deep_ep")
+_BUFFERED = ("nvlink", *_LIBRARIES)
+
+
+def _library(c: model.DispatchConfig) -> Problems:
+    """Another library's kernels move bf16 rows and add them up at home."""
+    for key, value, allowed in (
+        ("apply_probs", c.apply_probs, ("activation", "combine")),
+        ("dispatch_format", c.dispatch_format, ("input",)),
+        ("combine_format", c.combine_format, ("input", "bf16")),
+        ("capacity", c.capacity, ("dropless",)),
+    ):
+        if value not in allowed:
+            yield (
+                f"{key} ({value}) cannot be had with backend {c.backend}, which moves bf16 rows and adds them up at "
+                f"home; set it to {_show(allowed[0])} or use backend all_to_all"
+            )
+
+
 def dispatch(c: model.DispatchConfig) -> Problems:
     """Layout, static capacity, replicated."""
     if c.rows == "compact" and c.alignment != 1:
         yield f"alignment ({c.alignment}) must be 1 with rows compact; use rows expert_major for padded experts"
     if c.capacity == "dropless":
         yield from _ineffective(c, ("static_factor", "overflow"), "capacity static")
-        if c.backend != "nvlink":
+        if c.backend not in _BUFFERED:
             yield from _ineffective(c, ("max_tokens_per_rank",), "capacity static or backend nvlink")
     if c.backend != "nvlink":
         yield from _ineffective(c, ("ring_depth", "sm_budget"), "backend nvlink")
-    elif c.max_tokens_per_rank is None:
+    if c.backend in _BUFFERED and c.max_tokens_per_rank is None:
         yield (
-            "max_tokens_per_rank is required by backend nvlink, whose buffers it sizes; set it to the most tokens that "
-            "a rank sends"
+            f"max_tokens_per_rank is required by backend {c.backend}, whose buffers it sizes; set it to the most "
+            "tokens that a rank sends"
         )
+    if c.backend in _LIBRARIES:
+        yield from _library(c)
     if c.backend != "replicated":
         yield from _ineffective(c, ("reduce",), "backend replicated")
     if c.backend not in ("auto", "all_to_all"):

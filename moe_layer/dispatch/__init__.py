@@ -14,6 +14,7 @@ from moe_layer.dispatch.base import Dispatcher
 from moe_layer.dispatch.exchange import ExchangeDispatcher
 from moe_layer.dispatch.formats import TokenFormat, check_format, describe_format
 from moe_layer.dispatch.hierarchical import HierarchicalRoute
+from moe_layer.dispatch.library import LibraryRoute, transport_opener
 from moe_layer.dispatch.local import LocalDispatcher
 from moe_layer.dispatch.nvlink import NvlinkDispatcher
 from moe_layer.dispatch.plan import check_divisible, make_plan
@@ -77,6 +78,8 @@ def make_dispatcher(
             return ReplicatedRoute(link, plan, reduce=config.reduce)
         if backend == "all_gather":
             return AllGatherRoute(link, plan)
+        if open_transport is not None:
+            return LibraryRoute(link, plan, open_transport=open_transport, max_tokens=config.max_tokens_per_rank or 0)
         if domain < ranks:
             return HierarchicalRoute(link, plan, domain=domain)
         return AllToAllRoute(link, plan)
@@ -84,6 +87,11 @@ def make_dispatcher(
     facts = static_facts(config, num_experts=num_experts, top_k=top_k, layer_index=layer_index, ranks=ranks)
     facts["token_format"] = describe_format(token_format)
     link = Link(context, layer=layer_index, config_hash=facts_hash(facts), deadline_s=config.deadline_s)
+    open_transport = None
+    if backend in ("deep_ep", "nccl_ep"):
+        if token_format is not None:
+            raise ConfigError(f"dispatch.backend {backend} moves rows as they are; make it without token_format")
+        open_transport = transport_opener(backend, link)
     agree(link, facts)
     if backend == "nvlink":
         return NvlinkDispatcher(config, num_experts=num_experts, top_k=top_k, link=link, token_format=token_format)

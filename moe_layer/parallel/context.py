@@ -55,6 +55,7 @@ class ParallelContext:
         self.step = 0
         self.failure: str | None = None
         self.window: Any = None  # of dispatch.backend nvlink, shared by the layers; see moe_layer/dispatch/window.py
+        self.libraries: dict[Any, Any] = {}  # transports of dispatch.backend deep_ep and nccl_ep, shared by the layers
         self._owned = owned
 
     @property
@@ -111,6 +112,9 @@ class ParallelContext:
         if self.window is not None and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # peers may still be writing into it
         self.window = None
+        for library in self.libraries.values():
+            library.close()
+        self.libraries.clear()
         self.failure = self.failure or "the context was closed"
         for group in owned:
             compat.destroy_group(group)

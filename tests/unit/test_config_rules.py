@@ -342,7 +342,7 @@ def test_the_same_rules_hold_in_python() -> None:
     with pytest.raises(ConfigError) as caught:
         DispatchConfig(backend="infiniband", alignment=3, deadline_s=float("nan"))  # type: ignore[arg-type]
     assert caught.value.problems == (
-        "backend: expected one of auto, local, replicated, all_gather, all_to_all, nvlink, got 'infiniband'",
+        "backend: expected one of auto, local, replicated, all_gather, all_to_all, nvlink, nccl_ep, deep_ep, got 'infiniband'",
         "alignment: expected one of 1, 8, 16, 128, got 3",
         "deadline_s: expected a number > 0, got nan",
     )
