@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_layer.errors import RoutingError
+from moe_layer.replay.decision import WIDE_UNSIGNED
 from moe_layer.replay.session import find_routers
 from moe_layer.replay.tap import NotCopied, Routed, is_recomputing
 from moe_layer.types import RoutingDecision
@@ -161,6 +162,8 @@ class RouterReplay(NotCopied):
         Raises:
             ValueError: a mask that is not bool, or of another number of rows.
         """
+        if topk_indices.dtype in WIDE_UNSIGNED:
+            topk_indices = topk_indices.to(torch.int64)
         if replay_mask is not None:
             if replay_mask.dtype != torch.bool or tuple(replay_mask.shape) != tuple(topk_indices.shape[:1]):
                 raise ValueError(

@@ -60,19 +60,21 @@ class MojoMoE(nn.Module):
         if forced_expert_ids is None:
             return None
         cfg = self.layer.config.router
+        decision = as_decision(forced_expert_ids, hidden_states.shape[:-1], cfg.top_k, device=hidden_states.device)
         check_range(forced_expert_ids, num_experts=cfg.num_experts)
-        return as_decision(forced_expert_ids, hidden_states.shape[:-1], cfg.top_k, device=hidden_states.device)
+        return decision
 
 
 def check_range(forced_expert_ids: Tensor, *, num_experts: int) -> None:
-    """For ids on the CPU, where looking at them costs nothing.
+    """For integer ids on the CPU, where looking at them costs nothing.
 
     Raises:
         RoutingError: ids outside [-1, E).
     """
     ids = forced_expert_ids
-    if ids.device.type != "cpu" or not ids.numel() or ids.is_floating_point() or torch.compiler.is_compiling():
+    if ids.device.type != "cpu" or not ids.numel() or torch.compiler.is_compiling():
         return
+    ids = ids.to(torch.int64)  # torch compares no uint16
     low, high = int(ids.min()), int(ids.max())
     if low < -1 or high >= num_experts:
         raise RoutingError(

@@ -8,6 +8,9 @@ from torch import Tensor
 from moe_layer.errors import RoutingError
 from moe_layer.types import RoutingDecision
 
+WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+"""Dtypes that torch can store and convert, but hardly compute with."""
+
 
 def as_decision(
     replay: RoutingDecision | Tensor | None, tokens: torch.Size, top_k: int, *, device: torch.device
@@ -36,6 +39,8 @@ def as_decision(
         raise RoutingError(f"replay ids must be {allowed[0]} or {allowed[1]}, got {tuple(ids.shape)}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise RoutingError(f"replay ids must be integers, got {ids.dtype}")
+    if ids.dtype in WIDE_UNSIGNED:
+        ids = ids.to(torch.int64)
     weights, valid = decision.weights, decision.valid
     if weights is not None:
         if tuple(weights.shape) not in allowed or not weights.is_floating_point():

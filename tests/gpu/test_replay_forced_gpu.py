@@ -16,7 +16,7 @@ from tests.unit.replay_models import E, K, T, config, make_trace, random_ids
 pytestmark = pytest.mark.gpu
 
 D, F = 64, 32
-INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+INTEGERS = [torch.uint8, torch.uint16, torch.int8, torch.int16, torch.int32, torch.int64]
 BACKENDS = [
     (torch.float32, "reference"),
     (torch.bfloat16, "reference"),

@@ -19,6 +19,8 @@ from moe_layer.config import ReplayConfig
 from tests.unit.replay_models import LAYERS, D, E, K, T, assert_same, grads, make_model, make_trace, random_ids
 
 RECORD, FORWARD, BACKWARD = RouterReplayAction
+SIGNED = [torch.int8, torch.int16, torch.int32, torch.int64]
+UNSIGNED = [torch.uint8, torch.uint16, torch.uint32, torch.uint64]
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +129,18 @@ def test_r3_as_verl_drives_it() -> None:
     assert RouterReplay.router_instances[0].target_replay_mask is None
 
 
+@pytest.mark.parametrize("kind", SIGNED + UNSIGNED)
+def test_megatron_takes_ids_of_any_integer_dtype(kind: torch.dtype) -> None:
+    """SGLang's uint16 and verl's int16 reach the routers as they came."""
+    model, x = make_model(), batch()
+    RouterReplay.attach(model)
+    RouterReplay.set_replay_data([ids.to(kind) for ids in layers_of(5)])
+    RouterReplay.set_global_router_replay_action(FORWARD)
+    y = model(x)
+    RouterReplay.clear_global_router_replay_action()
+    assert torch.equal(y, explicit(model, x, layers_of(5)))
+
+
 def test_megatron_static_buffer() -> None:
     model = make_model()
     RouterReplay.attach(model)
@@ -174,7 +188,7 @@ def mojo(dtype: torch.dtype = torch.float32, **settings: Any) -> MojoMoE:
     return MojoMoE(make_model(aux=False, **settings).blocks[0].moe.to(dtype))
 
 
-@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("kind", SIGNED + UNSIGNED)
 @pytest.mark.parametrize("flat", [False, True])
 def test_forced_ids_of_any_integer_dtype(kind: torch.dtype, flat: bool) -> None:
     moe, x = mojo(), batch()
@@ -211,8 +225,15 @@ def test_forced_ids_out_of_shape_or_range() -> None:
     for value in (E, -2):
         with pytest.raises(ValueError, match=rf"must lie in \[-1, {E}\)"):
             moe(x, torch.full((T, K), value))
-    with pytest.raises(ValueError, match="must be integers"):
-        moe(x, torch.zeros(T, K))
+    for kind in UNSIGNED:
+        with pytest.raises(ValueError, match=rf"run from {E} to {E} and must lie in \[-1, {E}\)"):
+            moe(x, torch.full((T, K), E).to(kind))
+    for kind in (torch.float32, torch.bool, torch.complex64):
+        with pytest.raises(ValueError, match="must be integers"):
+            moe(x, torch.zeros(T, K, dtype=kind))
+    for wrong in (5, [[0, 1]] * T):
+        with pytest.raises(ValueError, match="must be a RoutingDecision or an integer tensor"):
+            moe(x, wrong)
 
 
 def test_forced_ids_with_gaps_never_repeat_an_expert() -> None:
