@@ -16,6 +16,9 @@ from moe_layer.errors import TraceError
 
 def packed_index(lengths: Sequence[int], *, align: int = 1, total: int | None = None) -> Tensor:
     """`[T]`: sequences back to back, each padded to a multiple of `align`, the end padded up to `total`."""
+    _check_lengths(lengths)
+    if align < 1:
+        raise TraceError(f"align must be at least 1, got {align}")
     parts, start = [], 0
     for length in lengths:
         padded = -(-length // align) * align
@@ -37,6 +40,7 @@ def mask_index(mask: Tensor) -> Tensor:
 
 def left_pad_index(lengths: Sequence[int], *, width: int | None = None) -> Tensor:
     """`[B, S]`: one sequence a row, pads on the left."""
+    _check_lengths(lengths)
     width = max(lengths, default=0) if width is None else width
     if any(length > width for length in lengths):
         raise TraceError(f"a sequence of {max(lengths)} tokens does not fit into rows of {width}; raise width")
@@ -74,6 +78,10 @@ def generation_index(prompt_mask: Tensor, *, steps: int) -> Tensor:
     the
     number of new tokens minus one: the last sampled token is never run through the model.
     """
+    if prompt_mask.ndim != 2 or steps < 0:
+        raise TraceError(
+            f"prompt_mask must be [batch, prompt] and steps from 0, got {tuple(prompt_mask.shape)}, {steps}"
+        )
     batch, prompt = prompt_mask.shape
     first = torch.arange(batch * prompt).view(batch, prompt)
     first = torch.where(prompt_mask.detach().cpu().to(torch.bool), first, -1)
@@ -82,6 +90,7 @@ def generation_index(prompt_mask: Tensor, *, steps: int) -> Tensor:
 
 
 def _per_sequence(lengths: Sequence[int], multiple: int, pick: Callable[[Tensor], Tensor]) -> Tensor:
+    _check_lengths(lengths)
     parts, start = [], 0
     for length in lengths:
         parts.append(pick(_padded(torch.arange(start, start + length), -(-length // multiple) * multiple)))
@@ -95,6 +104,11 @@ def _padded(index: Tensor, length: int) -> Tensor:
     return torch.nn.functional.pad(index, (0, length - index.numel()), value=-1)
 
 
+def _check_lengths(lengths: Sequence[int]) -> None:
+    if any(length < 0 for length in lengths):
+        raise TraceError(f"lengths must be the rows of each sequence, got {list(lengths)[:8]}")
+
+
 def _check_rank(size: int, rank: int) -> None:
     if size < 1 or not 0 <= rank < size:
         raise TraceError(f"rank {rank} must lie in [0, {size})")
@@ -103,6 +117,8 @@ def _check_rank(size: int, rank: int) -> None:
 def inverse_index(index: Tensor, *, rows: int) -> Tensor:
     """`[rows]`: place in the flattened `index` of each row it names, -1 for rows it does not: for `Recording.trace`."""
     flat = index.detach().cpu().reshape(-1)
+    if flat.numel() and int(flat.max()) >= rows:
+        raise TraceError(f"the map names row {int(flat.max())} of {rows} rows; it was made for another recording")
     places = torch.full((rows,), -1, dtype=torch.int64)
     used = flat >= 0
     places[flat[used]] = torch.arange(flat.numel())[used]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_layer.errors import TraceError
-from moe_layer.replay.spec import TraceSpec, token_checks, unpack_bits
+from moe_layer.replay.spec import TraceSpec, integer_tensor, layer_names, token_checks, unpack_bits
 from moe_layer.types import RoutingDecision
 
 if TYPE_CHECKING:
@@ -83,7 +83,9 @@ def make_plan(
     index_T, present_T = _check_index(trace, token_index)
     if tokens is not None:
         _check_tokens(trace, index_T, present_T, tokens)
-    names = tuple(trace.spec.layers if layers is None else layers)
+    names = trace.spec.layers if layers is None else layer_names(layers)
+    if not names:
+        raise TraceError("layers is empty; name the layers that this stage replays, or do not replay")
     at = torch.tensor(trace.spec.positions(names))
 
     def take(tensor: Tensor) -> Tensor:
@@ -114,9 +116,7 @@ def _check_index(trace: RoutingTrace, token_index: Tensor | None) -> tuple[Tenso
     """int64 `[T]` with pads at row 0, and bool `[T]`, False at pads."""
     if token_index is None:
         return torch.arange(trace.num_tokens), torch.ones(trace.num_tokens, dtype=torch.bool)
-    if token_index.is_floating_point() or token_index.dtype == torch.bool:
-        raise TraceError(f"token_index must be integers, got {token_index.dtype}; see moe_layer.replay.index_map")
-    index_T = token_index.detach().cpu().to(torch.int64).reshape(-1)
+    index_T = integer_tensor(token_index, "token_index").detach().cpu().to(torch.int64).reshape(-1)
     if index_T.numel() and (int(index_T.min()) < -1 or int(index_T.max()) >= trace.num_tokens):
         raise TraceError(
             f"token_index runs from {int(index_T.min())} to {int(index_T.max())}, the trace has rows 0 to "
@@ -131,7 +131,7 @@ def _check_tokens(trace: RoutingTrace, index_T: Tensor, present_T: Tensor, token
         raise TraceError(
             "tokens were given but the trace has no token checks; record it with token_ids, or omit tokens"
         )
-    flat = tokens.detach().cpu().reshape(-1)
+    flat = integer_tensor(tokens, "tokens").detach().cpu().reshape(-1)
     if flat.numel() != index_T.numel():
         raise TraceError(
             f"tokens has {flat.numel()} entries and token_index {index_T.numel()}; they must have one shape"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_layer.errors import TraceError
-from moe_layer.replay.spec import TraceSpec
+from moe_layer.replay.spec import TraceSpec, integer_tensor
 from moe_layer.replay.tap import Routed, is_capturing
 from moe_layer.replay.trace import RoutingTrace
 
@@ -217,7 +217,7 @@ def _masked(ids_TK: Tensor, valid_T: Tensor | None) -> Tensor:
 def _scatter(
     ids: Tensor, weights: Tensor | None, token_index: Tensor, num_tokens: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    index = token_index.detach().cpu().to(torch.int64).reshape(-1)
+    index = integer_tensor(token_index, "token_index").detach().cpu().to(torch.int64).reshape(-1)
     if index.numel() != ids.shape[0]:
         raise TraceError(
             f"token_index has {index.numel()} entries and {ids.shape[0]} rows were recorded; they must be equal"

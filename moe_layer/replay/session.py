@@ -57,6 +57,8 @@ class RoutingSession:
     """
 
     def __init__(self, model: nn.Module, *, exclude: Sequence[str] = ()) -> None:
+        if isinstance(exclude, str):
+            raise RoutingError(f"exclude must be a list of patterns, got the string {exclude!r}; put it into a list")
         routers = find_routers(model)
         used = {name: r for name, r in routers.items() if not any(fnmatchcase(name, p) for p in exclude)}
         if not used:
@@ -114,6 +116,10 @@ class RoutingSession:
         """
         recording: Recording = Recording(self.spec, weights=weights)
         if max_tokens is not None:
+            if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 0:
+                raise RoutingError(
+                    f"max_tokens must be an integer from 0, got {max_tokens!r}; the most tokens of a launch"
+                )
             if weights:
                 raise RoutingError(
                     "record(max_tokens=...) keeps no weights; record without max_tokens, or without weights"

@@ -32,6 +32,10 @@ class TraceSpec:
     layers: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        for name in ("num_experts", "top_k"):
+            size = getattr(self, name)
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TraceError(f"{name} must be an integer, got {size!r}; take it from the model's configuration")
         if self.num_experts < 1 or not 1 <= self.top_k <= self.num_experts:
             raise TraceError(
                 f"a trace needs num_experts >= 1 and 1 <= top_k <= num_experts, got num_experts {self.num_experts} and "
@@ -72,6 +76,26 @@ class TraceSpec:
                 f"layers, or exclude them from the session"
             )
         return [self.layers.index(name) for name in layers]
+
+
+def layer_names(layers: Sequence[str]) -> tuple[str, ...]:
+    """Of a list of module paths; one string would be taken for a list of letters."""
+    if isinstance(layers, str):
+        raise TraceError(f"layers must be a list of module paths, got the string {layers!r}; put it into a list")
+    return tuple(layers)
+
+
+def integer_tensor(value: object, name: str) -> Tensor:
+    """`value`, which must be a tensor of integers: anything else would be truncated or fail later.
+
+    Raises:
+        TraceError: it is not.
+    """
+    if not isinstance(value, Tensor):
+        raise TraceError(f"{name} must be a tensor of integers, got {type(value).__name__}; pass torch.as_tensor(...)")
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TraceError(f"{name} must be integers, got {value.dtype}; convert it where it is made")
+    return value
 
 
 def id_dtype(num_experts: int) -> torch.dtype:

@@ -18,7 +18,7 @@ from torch import Tensor
 from moe_layer.errors import TraceError
 from moe_layer.replay.checks import check_structure, check_values
 from moe_layer.replay.plan import RoutingPlan, make_plan
-from moe_layer.replay.spec import TraceSpec, pack_bits, token_checks, unpack_bits
+from moe_layer.replay.spec import TraceSpec, integer_tensor, layer_names, pack_bits, token_checks, unpack_bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,9 +76,9 @@ class RoutingTrace:
         Raises:
             TraceError: ids below -1 or from E up, duplicates in a row, non-finite weights, shapes that do not fit.
         """
-        if ids.ndim != 3 or ids.is_floating_point() or ids.dtype == torch.bool:
+        if integer_tensor(ids, "ids").ndim != 3:
             raise TraceError(f"ids must be integers [rows, layers, top_k], got {ids.dtype} {tuple(ids.shape)}")
-        spec = TraceSpec(num_experts, ids.shape[2], tuple(layers))
+        spec = TraceSpec(num_experts, ids.shape[2], layer_names(layers))
         wide = ids.detach().cpu().to(torch.int64)
         if wide.numel() and (int(wide.min()) < -1 or int(wide.max()) >= num_experts):
             raise TraceError(
@@ -87,10 +87,12 @@ class RoutingTrace:
                 "missing slot; record logical, routed-only ids"
             )
         n = ids.shape[0]
-        bounds = torch.tensor([0, n]) if cu_seqlens is None else torch.as_tensor(cu_seqlens).to(torch.int64).cpu()
-        version = weights_version
-        if version is not None:
-            version = torch.as_tensor(version, dtype=torch.int32).cpu().expand(n).clone()
+        bounds = torch.tensor([0, n]) if cu_seqlens is None else _integers(cu_seqlens, "cu_seqlens")
+        version = None if weights_version is None else _versions(weights_version, n)
+        if weights is not None and not (isinstance(weights, Tensor) and weights.is_floating_point()):
+            raise TraceError(
+                f"weights must be a floating tensor, got {getattr(weights, 'dtype', type(weights).__name__)}"
+            )
         trace = cls(
             spec=spec,
             ids=wide.clamp(min=0).to(spec.dtype),
@@ -106,7 +108,7 @@ class RoutingTrace:
 
     def with_tokens(self, token_ids: Tensor) -> RoutingTrace:
         """The same trace that knows its tokens (as checks): integer `[N]`."""
-        if tuple(token_ids.shape) != (self.num_tokens,):
+        if tuple(integer_tensor(token_ids, "token_ids").shape) != (self.num_tokens,):
             raise TraceError(f"token_ids must be [{self.num_tokens}] like the rows, got {tuple(token_ids.shape)}")
         return replace(self, token_check=token_checks(token_ids, self.positions))
 
@@ -280,6 +282,27 @@ class RoutingTrace:
                 forbidden.
         """
         return make_plan(self, token_index, layers=layers, device=device, tokens=tokens, allow_missing=allow_missing)
+
+
+def _integers(value: object, name: str) -> Tensor:
+    """int64 on the CPU, from a tensor, an array or a list of integers."""
+    try:
+        return integer_tensor(torch.as_tensor(value), name).cpu().to(torch.int64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, TraceError):
+            raise
+        raise TraceError(f"{name} must be integers, got {str(value)[:40]} ({error})") from error
+
+
+def _versions(value: Tensor | int, rows: int) -> Tensor:
+    """int32 `[rows]`."""
+    versions = _integers(value, "weights_version")
+    if versions.shape not in ((), (rows,)) or (versions.numel() and int(versions.abs().max()) >= 2**31):
+        raise TraceError(
+            f"weights_version must be one int32 or [{rows}] like the rows, got {tuple(versions.shape)} "
+            f"{str(versions.tolist())[:40]}"
+        )
+    return versions.to(torch.int32).expand(rows).clone()
 
 
 PER_ROW = ("ids", "valid", "weights", "token_check", "weights_version")

@@ -93,7 +93,10 @@ def _facts(trace: RoutingTrace) -> str:
         "first_position": trace.first_position,
         "notes": dict(trace.notes),
     }
-    return json.dumps(facts, sort_keys=True)
+    try:
+        return json.dumps(facts, sort_keys=True)
+    except TypeError as error:
+        raise TraceError(f"notes must map text to text ({error}); convert the values") from error
 
 
 def _read_facts(path: Path, text: str) -> tuple[TraceSpec, int, dict[str, str]]:
