@@ -7,7 +7,8 @@
 // contribute, `last_block` elects the one that saw all the others' fences.
 //
 // A kernel that waits must leave room for the kernels it waits for, which run on the same multiprocessors of the peers
-// and on their own stream here: every kernel of this family takes at most half of a multiprocessor's registers.
+// and on their own stream here. Per multiprocessor, the kernels of one direction share the registers: ep_push 1/4 and
+// ep_take 3/4, ep_reduce_push 1/2 and ep_home 1/2.
 #pragma once
 
 #include "common.cuh"
@@ -134,14 +135,14 @@ __device__ inline void publish(const EpTrip& trip, int peer, int64_t chunk, uint
   }
 }
 
-// True in the last block of the grid that calls it; what the others wrote before is then visible to its threads.
-__device__ inline bool last_block(const EpTrip& trip, EpCounter ticket) {
+// True in the last of the `blocks` blocks that call it; what the others wrote before is then visible to its threads.
+__device__ inline bool last_block(const EpTrip& trip, EpCounter ticket, int blocks) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence_system();
     int32_t* at = trip.state + trip.counters + ticket;
-    last = atomicAdd(at, 1) == static_cast<int32_t>(gridDim.x) - 1;
+    last = atomicAdd(at, 1) == blocks - 1;
     if (last) *at = 0;
     __threadfence_system();
   }
@@ -176,5 +177,19 @@ __device__ __forceinline__ void nth_chunk(const EpTrip& trip, int64_t q, int& pe
 }
 
 EpTrip read_trip(const Tensor& peers, Tensor& state, const Tensor& words);
+
+// Rows of this trip as they are outside of the window, or, with fp8, bf16 rows of which it carries the encoding.
+inline void check_width(const EpTrip& trip, const Tensor& rows, const char* name, bool fp8) {
+  const int64_t columns = rows.size(1), bytes = columns * static_cast<int64_t>(rows.element_size());
+  if (!fp8) {
+    STD_TORCH_CHECK(bytes == trip.width, name, " must be ", trip.width, " bytes wide, got ", bytes);
+    return;
+  }
+  STD_TORCH_CHECK(
+      rows.scalar_type() == ScalarType::BFloat16 && columns % 128 == 0, name,
+      " must be bf16 in whole blocks of 128 columns, got ", columns, " columns");
+  STD_TORCH_CHECK(
+      round_up<int64_t>(columns + columns / 32, 16) == trip.width, name, " do not encode to ", trip.width, " bytes");
+}
 
 }  // namespace moe_layer

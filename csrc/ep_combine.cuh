@@ -8,7 +8,7 @@ namespace moe_layer {
 
 enum WireDtype : int32_t { kWireFloat = 0, kWireBfloat16 = 1, kWireHalf = 2 };
 
-inline int64_t wire_bytes(int32_t dtype) { return dtype == kWireFloat ? 4 : 2; }
+__host__ __device__ constexpr int64_t wire_bytes(int32_t dtype) { return dtype == kWireFloat ? 4 : 2; }
 
 // V elements from or to memory of a dtype known at run time; the branch is the same in the whole grid.
 template <int V>
@@ -46,6 +46,21 @@ __device__ __forceinline__ void store_wire(void* at, int32_t dtype, int64_t elem
   }
 }
 
+// V elements of a two-byte wire dtype as they lie there, and their values.
+template <int V>
+__device__ __forceinline__ Pack<uint16_t, V> wire_pack(const void* row, int element) {
+  return *reinterpret_cast<const Pack<uint16_t, V>*>(static_cast<const uint16_t*>(row) + element);
+}
+
+template <int V>
+__device__ __forceinline__ void widen(const Pack<uint16_t, V>& raw, int32_t dtype, float (&value)[V]) {
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    value[i] = dtype == kWireBfloat16 ? __uint_as_float(static_cast<uint32_t>(raw.v[i]) << 16)
+                                      : __half2float(__ushort_as_half(raw.v[i]));
+  }
+}
+
 template <int V>
 __device__ __forceinline__ void round_to_wire(int32_t dtype, float (&value)[V]) {
 #pragma unroll
@@ -66,22 +81,16 @@ struct PartialArgs {
   bool compact;
 };
 
-// The sum of compact row c's rows over V elements from `d`, unrounded. The whole warp calls it.
-template <typename T, int V>
-__device__ __forceinline__ void partial_sum(const PartialArgs& args, int64_t c, int d, float (&sum)[V]) {
+// The slots of one compact row in tree order: lane i holds the i-th slot's row and block.
+struct SlotList {
+  int row = 0, block = 0, count = 0;
+};
+
+// The whole warp calls it.
+__device__ __forceinline__ SlotList list_slots(const PartialArgs& args, int64_t c) {
+  constexpr unsigned kAll = 0xffffffffu;
   const int lane = threadIdx.x % kWarp;
-  const bool inside = d < args.hidden;
-  const T* rows = static_cast<const T*>(args.rows) + d;
-  if (args.compact) {
-    if (inside)
-      load_wire<V>(
-          rows,
-          sizeof(T) == 4              ? kWireFloat
-          : std::is_same_v<T, __half> ? kWireHalf
-                                      : kWireBfloat16,
-          c * args.hidden, sum);
-    return;
-  }
+  if (args.compact) return {static_cast<int>(c), 0, 1};
   int row = -1, id = 0;
   if (lane < args.slots && c < args.num_compact) {
     row = args.row_CK[c * args.slots + lane];
@@ -89,11 +98,63 @@ __device__ __forceinline__ void partial_sum(const PartialArgs& args, int64_t c, 
     if (row >= args.num_rows) row = -1;
   }
   const SlotOrder order = order_slots(row >= 0, id, args.slots, args.tree_blocks, args.num_experts);
-  const auto row_of = [&](int k) {
-    return rows + static_cast<int64_t>(__shfl_sync(0xffffffffu, row, k)) * args.hidden;
-  };
-  warp_tree_sum<T, V, 4, 8>(order, false, 1.0f, inside, row_of, sum);
+  int from = 0;
+  for (int i = 0; i < order.count; ++i) {
+    const int slot = __ffs(__ballot_sync(kAll, order.rank == i)) - 1;
+    if (lane == i) from = slot;
+  }
+  return {__shfl_sync(kAll, row, from), __shfl_sync(kAll, order.block, from), order.count};
 }
+
+// Sums over the rows of one compact row, piece after piece of 32 * V columns; the next piece's loads are in flight while
+// this one's rows are added.
+template <typename T, int V>
+struct PartialRow {
+  static constexpr int kAhead = 6;
+  const PartialArgs& args;
+  const SlotList list;
+  Pack<T, V> ahead[kAhead];
+
+  __device__ __forceinline__ PartialRow(const PartialArgs& args, const SlotList& list, int piece)
+      : args(args), list(list) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (i < list.count) load(ahead[i], i, piece);
+    }
+  }
+
+  __device__ __forceinline__ void load(Pack<T, V>& into, int i, int piece) {
+    const int d = (piece * kWarp + static_cast<int>(threadIdx.x) % kWarp) * V;
+    const int64_t row = __shfl_sync(0xffffffffu, list.row, i);
+    if (d < args.hidden) {
+      into = *reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(args.rows) + row * args.hidden + d);
+    }
+  }
+
+  // The unrounded sum of this lane's elements of `piece`; `more`: the next piece follows.
+  __device__ __forceinline__ void sum(int piece, bool more, float (&total)[V]) {
+    TreeStack<V, 4> stack;
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (i < list.count) {
+        float value[V];
+#pragma unroll
+        for (int j = 0; j < V; ++j) value[j] = to_float(ahead[i].v[j]);
+        if (more) load(ahead[i], i, piece + 1);
+        stack.add(value, __shfl_sync(0xffffffffu, list.block, i));
+      }
+    }
+    for (int i = kAhead; i < list.count; ++i) {
+      Pack<T, V> late;
+      load(late, i, piece);
+      float value[V];
+#pragma unroll
+      for (int j = 0; j < V; ++j) value[j] = to_float(late.v[j]);
+      stack.add(value, __shfl_sync(0xffffffffu, list.block, i));
+    }
+    stack.finish(total);
+  }
+};
 
 PartialArgs read_partial(
     const EpTrip& trip, const Tensor& rows, const Tensor& row_index, const Tensor& ids, const Tensor& base,

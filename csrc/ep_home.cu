@@ -6,7 +6,7 @@
 namespace moe_layer {
 namespace {
 
-constexpr int kThreads = 256, kGroup = 4;  // tokens that a block takes at a time
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 
 struct HomeArgs {
   const int32_t* position_TR;
@@ -15,6 +15,7 @@ struct HomeArgs {
   void* out_TD;
   float* d_weights_TK;
   int64_t tokens;
+  int32_t group;  // tokens that a block takes at a time
   int32_t add_dtype, out_dtype;
 };
 
@@ -39,6 +40,7 @@ __device__ __forceinline__ bool wait_tokens(
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) ep_home_kernel(EpTrip trip, PartialArgs args, HomeArgs home) {
   constexpr int V = 16 / sizeof(T);
+  constexpr unsigned kAll = 0xffffffffu;
   __shared__ int32_t counts[kMostRanks];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const uint64_t until = now_ns() + trip.deadline_ns;
@@ -46,51 +48,68 @@ __global__ void __launch_bounds__(kThreads, 2) ep_home_kernel(EpTrip trip, Parti
   const uint32_t epoch = trip.epoch(kReceived) + 1;
   const int own_base = args.base_R1[trip.me];
   const int pieces = ceil_div(args.hidden, V * kWarp), per_rank = args.num_experts / trip.ranks;
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kGroup; ok && first < home.tokens;
-       first += static_cast<int64_t>(gridDim.x) * kGroup) {
-    const int64_t end = min(first + kGroup, home.tokens);
+  const int parts = kWarps / home.group;
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * home.group; ok && first < home.tokens;
+       first += static_cast<int64_t>(gridDim.x) * home.group) {
+    const int64_t end = min(first + home.group, home.tokens);
     ok = wait_tokens(trip, home, first, end, epoch, until);
     if (!ok) break;
-    for (int item = warp; item < static_cast<int>(end - first) * pieces; item += kThreads / kWarp) {
-      const int64_t t = first + item / pieces;
-      const int d = (item % pieces * kWarp + lane) * V;
-      const bool inside = d < args.hidden;
-      const int32_t* position = home.position_TR + t * trip.ranks;
-      float own[V] = {};
-      if (position[trip.me] >= 0) {
-        partial_sum<T, V>(args, own_base + position[trip.me], d, own);
+    const int64_t t = first + warp / parts;
+    const int begin = pieces * (warp % parts) / parts, stop = pieces * (warp % parts + 1) / parts;
+    if (t < end && begin < stop) {
+      const int place = lane < trip.ranks ? home.position_TR[t * trip.ranks + lane] : -1;
+      const int own_place = __shfl_sync(kAll, place, trip.me);
+      const unsigned senders = __ballot_sync(kAll, place >= 0);
+      SlotList list;
+      if (own_place >= 0) list = list_slots(args, own_base + own_place);
+      PartialRow<T, V> row(args, list, begin);
+      // The first peer's row is read a piece ahead like the own ones; with more peers the others' loads wait.
+      const int near = __ffs(senders & ~(1u << trip.me)) - 1;
+      const bool ahead = near >= 0 && wire_bytes(args.wire) == 2;
+      const uint8_t* near_row = near < 0 ? nullptr : trip.rows(trip.me, near) + __shfl_sync(kAll, place, near & 31) * trip.width;
+      Pack<uint16_t, V> raw{};
+      if (ahead && (begin * kWarp + lane) * V < args.hidden) raw = wire_pack<V>(near_row, (begin * kWarp + lane) * V);
+      for (int piece = begin; piece < stop; ++piece) {
+        const int d = (piece * kWarp + lane) * V;
+        const bool inside = d < args.hidden;
+        float own[V];
+        row.sum(piece, piece + 1 < stop, own);
         round_to_wire<V>(args.wire, own);
-      }
-      TreeStack<V, 4> stack;
-      for (int r = 0; r < trip.ranks; ++r) {
-        const int place = position[r];
-        if (place < 0) continue;
-        if (r == trip.me) {
-          stack.add(own, r);
-        } else {
+        TreeStack<V, 4> stack;
+        for (unsigned left = senders; left != 0; left &= left - 1) {
+          const int r = __ffs(left) - 1;
+          const int64_t at = __shfl_sync(kAll, place, r);
           float value[V] = {};
-          if (inside) load_wire<V>(trip.rows(trip.me, r) + place * trip.width, args.wire, d, value);
+          if (r == trip.me) {
+#pragma unroll
+            for (int i = 0; i < V; ++i) value[i] = own[i];
+          } else if (r == near && ahead) {
+            widen<V>(raw, args.wire, value);
+            if (piece + 1 < stop && d + kWarp * V < args.hidden) raw = wire_pack<V>(near_row, d + kWarp * V);
+          } else if (inside) {
+            load_wire<V>(trip.rows(trip.me, r) + at * trip.width, args.wire, d, value);
+          }
           stack.add(value, r);
         }
-      }
-      float sum[V];
-      stack.finish(sum);
-      if (inside) {
-        if (home.add_TD != nullptr) {
-          float extra[V];
-          load_wire<V>(home.add_TD, home.add_dtype, t * args.hidden + d, extra);
+        float sum[V];
+        stack.finish(sum);
+        if (inside) {
+          if (home.add_TD != nullptr) {
+            float extra[V];
+            load_wire<V>(home.add_TD, home.add_dtype, t * args.hidden + d, extra);
 #pragma unroll
-          for (int i = 0; i < V; ++i) sum[i] = __fadd_rn(sum[i], extra[i]);
+            for (int i = 0; i < V; ++i) sum[i] = __fadd_rn(sum[i], extra[i]);
+          }
+          store_wire<V>(home.out_TD, home.out_dtype, t * args.hidden + d, sum);
         }
-        store_wire<V>(home.out_TD, home.out_dtype, t * args.hidden + d, sum);
       }
     }
     if (home.d_weights_TK == nullptr) continue;
     for (int i = threadIdx.x; i < static_cast<int>(end - first) * args.slots; i += kThreads) {
-      const int64_t t = first + i / args.slots, k = i % args.slots;
-      const int id = home.ids_TK[t * args.slots + k];
+      const int64_t token = first + i / args.slots, k = i % args.slots;
+      const int id = home.ids_TK[token * args.slots + k];
       const int owner = id >= 0 && id < args.num_experts ? id / per_rank : -1;
-      const int64_t place = owner >= 0 ? home.position_TR[t * trip.ranks + owner] : -1;
+      const int64_t place = owner >= 0 ? home.position_TR[token * trip.ranks + owner] : -1;
       float value = 0.0f;
       if (place >= 0 && owner == trip.me) {
         const int row = args.row_CK[(own_base + place) * args.slots + k];
@@ -98,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, 2) ep_home_kernel(EpTrip trip, Parti
       } else if (place >= 0) {
         value = __int_as_float(__ldcg(trip.words(trip.me, owner) + place * args.slots + k));
       }
-      home.d_weights_TK[t * args.slots + k] = value;
+      home.d_weights_TK[token * args.slots + k] = value;
     }
   }
   if (!ok) {
@@ -106,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 2) ep_home_kernel(EpTrip trip, Parti
     if (home.d_weights_TK != nullptr) poison(home.d_weights_TK, home.tokens * args.slots * 4);
     return;
   }
-  if (last_block(trip, kReceiveTicket)) give_credits(trip);
+  if (last_block(trip, kReceiveTicket, gridDim.x)) give_credits(trip);
 }
 
 int32_t dtype_code(const Tensor& t) {
@@ -154,7 +173,10 @@ std::tuple<Tensor, Tensor> ep_home(
     home.add_TD = add->const_data_ptr();
     home.add_dtype = dtype_code(*add);
   }
-  const int64_t groups = ceil_div<int64_t>(T, kGroup), most = sm_count(state.get_device_index());
+  const int64_t most = sm_count(state.get_device_index());
+  home.group = kWarps;
+  while (home.group > 1 && ceil_div<int64_t>(T, home.group) < most) home.group /= 2;
+  const int64_t groups = ceil_div<int64_t>(T, home.group);
   const int grid = static_cast<int>(groups < 1 ? 1 : groups < most ? groups : most);
   const cudaStream_t stream = current_stream(state);
   dispatch_float(rows.scalar_type(), "rows", [&](auto zero) {

@@ -10,7 +10,7 @@ constexpr int kThreads = 1024, kEach = 4;
 
 __global__ void __launch_bounds__(kThreads) ep_plan_kernel(
     const int32_t* __restrict__ ids_TK, int32_t* tokens_RT, int32_t* position_TR, int32_t* counts_R, int32_t T,
-    int32_t K, int32_t experts_per_rank) {
+    int32_t K, int32_t experts_per_rank, bool wide) {
   __shared__ int32_t sums[kThreads / kWarp];
   const int rank = blockIdx.x, ranks = gridDim.x, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int first_expert = rank * experts_per_rank;
@@ -21,9 +21,19 @@ __global__ void __launch_bounds__(kThreads) ep_plan_kernel(
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       if (token + i < T) {
-        for (int k = 0; k < K; ++k) {
-          const unsigned local = static_cast<unsigned>(ids_TK[(token + i) * K + k] - first_expert);
+        const auto look = [&](int32_t id) {
+          const unsigned local = static_cast<unsigned>(id - first_expert);
           goes |= static_cast<unsigned>(local < static_cast<unsigned>(experts_per_rank)) << i;
+        };
+        const int32_t* ids_K = ids_TK + (token + i) * K;
+        if (wide) {  // K in whole 16-byte units
+#pragma unroll 2
+          for (int k = 0; k < K; k += 4) {
+            const int4 ids = *reinterpret_cast<const int4*>(ids_K + k);
+            look(ids.x), look(ids.y), look(ids.z), look(ids.w);
+          }
+        } else {
+          for (int k = 0; k < K; ++k) look(ids_K[k]);
         }
       }
     }
@@ -68,7 +78,8 @@ std::tuple<Tensor, Tensor, Tensor> ep_plan(const Tensor& ids_in, int64_t num_exp
   Tensor counts = new_empty(ids, {num_ranks}, ScalarType::Int);
   ep_plan_kernel<<<static_cast<int>(num_ranks), kThreads, 0, current_stream(ids)>>>(
       in_ptr<int32_t>(ids), out_ptr<int32_t>(tokens), out_ptr<int32_t>(position), out_ptr<int32_t>(counts),
-      to_int32(T, "T"), to_int32(K, "K"), to_int32(num_experts / num_ranks, "experts per rank"));
+      to_int32(T, "T"), to_int32(K, "K"), to_int32(num_experts / num_ranks, "experts per rank"),
+      K % 4 == 0 && reinterpret_cast<uintptr_t>(ids.const_data_ptr()) % 16 == 0);
   MOE_LAUNCH_CHECK();
   return {tokens, position, counts};
 }

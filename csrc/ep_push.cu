@@ -1,14 +1,15 @@
 // Send rows of a list to each rank: words first, then rows in flagged chunks. Twin of ep_push in moe_layer/ops/ep.py.
 //
-// All blocks first share the words of all rows; the last one to finish them writes the headers. Then each block takes
-// chunks, the peers in turn; a warp copies a row with eight 16-byte loads a lane in flight.
+// The first blocks share the words of all rows, and the last of them to finish writes the headers. Then each block takes
+// chunks, the peers in turn; a warp copies a row with eight 16-byte loads a lane in flight, or encodes it on the way.
 
 #include "ep.cuh"
+#include "ep_fp8.cuh"
 
 namespace moe_layer {
 namespace {
 
-constexpr int kThreads = 512, kAhead = 8;
+constexpr int kThreads = 256, kAhead = 8, kMetaBlocks = 8;
 
 struct PushArgs {
   EpTrip trip;
@@ -17,11 +18,37 @@ struct PushArgs {
   const int32_t* counts_R;
   const int32_t* meta0;
   const int32_t* meta1;
+  int64_t row_bytes;  // of `rows`; the trip's width is that of the encoded row
   int32_t num_rows, list, words0, words1;
 };
 
-template <typename Unit>
-__global__ void __launch_bounds__(kThreads, 2) ep_push_kernel(PushArgs args) {
+// A warp encodes a row of bf16 units and writes it where it goes.
+__device__ __forceinline__ void send_fp8(const uint4* from, uint8_t* to, int64_t units) {
+  constexpr int kFp8Ahead = 4;
+  const int lane = threadIdx.x % kWarp;
+  float* scales = reinterpret_cast<float*>(to + units * 8);
+  for (int64_t begin = 0; begin < units; begin += kWarp * kFp8Ahead) {
+    uint4 x[kFp8Ahead];
+#pragma unroll
+    for (int j = 0; j < kFp8Ahead; ++j) {
+      const int64_t unit = begin + j * kWarp + lane;
+      x[j] = unit < units ? from[unit] : uint4{};
+    }
+#pragma unroll
+    for (int j = 0; j < kFp8Ahead; ++j) {
+      const int64_t unit = begin + j * kWarp + lane;
+      const Fp8Unit coded = fp8_encode(x[j]);
+      if (unit < units) {
+        reinterpret_cast<uint2*>(to)[unit] = coded.values;
+        if (lane % 16 == 0) scales[unit / 16] = coded.scale;
+      }
+    }
+  }
+}
+
+
+template <typename Unit, bool kFp8>
+__global__ void __launch_bounds__(kThreads, 4) ep_push_kernel(PushArgs args) {
   const EpTrip& trip = args.trip;
   __shared__ int32_t counts[kMostRanks];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -39,9 +66,10 @@ __global__ void __launch_bounds__(kThreads, 2) ep_push_kernel(PushArgs args) {
   __syncthreads();
 
   const int words = args.meta0 == nullptr ? 0 : 1 + args.words0 + args.words1;
-  if (words > 0) {
+  const int meta_blocks = min(kMetaBlocks, static_cast<int>(gridDim.x));
+  if (words > 0 && blockIdx.x < meta_blocks) {
     // A warp takes eight rows at a time: their loads are in flight together.
-    const int each = kThreads / kWarp * static_cast<int>(gridDim.x) * kAhead;
+    const int each = kThreads / kWarp * meta_blocks * kAhead;
     for (int peer = 0; peer < trip.ranks; ++peer) {
       int32_t* to = trip.words(peer, trip.me);
       for (int i = (blockIdx.x * (kThreads / kWarp) + warp) * kAhead; i < counts[peer]; i += each) {
@@ -65,14 +93,14 @@ __global__ void __launch_bounds__(kThreads, 2) ep_push_kernel(PushArgs args) {
         }
       }
     }
-    if (last_block(trip, kMetaTicket) && threadIdx.x < trip.ranks) {
+    if (last_block(trip, kMetaTicket, meta_blocks) && threadIdx.x < trip.ranks) {
       write_headers(trip, epoch, threadIdx.x, counts[threadIdx.x]);
     }
-  } else if (blockIdx.x == 0 && threadIdx.x < trip.ranks) {
+  } else if (words == 0 && blockIdx.x == 0 && threadIdx.x < trip.ranks) {
     write_headers(trip, epoch, threadIdx.x, counts[threadIdx.x]);
   }
 
-  const int64_t per_row = trip.width / static_cast<int64_t>(sizeof(Unit));
+  const int64_t per_row = args.row_bytes / static_cast<int64_t>(sizeof(Unit));
   const Unit* source = static_cast<const Unit*>(args.rows);
   int most = 0;
   for (int peer = 0; peer < trip.ranks; ++peer) {
@@ -86,12 +114,16 @@ __global__ void __launch_bounds__(kThreads, 2) ep_push_kernel(PushArgs args) {
     const int first = static_cast<int>(chunk) * trip.chunk_rows;
     if (first >= counts[peer]) continue;
     const int end = min(first + trip.chunk_rows, counts[peer]);
-    Unit* target = reinterpret_cast<Unit*>(trip.rows(peer, trip.me));
+    uint8_t* target = trip.rows(peer, trip.me);
     for (int i = first + warp; i < end; i += kThreads / kWarp) {
       const int32_t token = args.tokens_RS[static_cast<int64_t>(peer) * args.list + i];
       if (token < 0 || token >= args.num_rows) continue;
       const Unit* from = source + token * per_row;
-      Unit* to = target + i * per_row;
+      if constexpr (kFp8) {
+        send_fp8(from, target + i * trip.width, per_row);
+        continue;
+      }
+      Unit* to = reinterpret_cast<Unit*>(target + i * trip.width);
       for (int64_t begin = lane; begin < per_row; begin += kWarp * kAhead) {
         Unit values[kAhead];
 #pragma unroll
@@ -106,14 +138,15 @@ __global__ void __launch_bounds__(kThreads, 2) ep_push_kernel(PushArgs args) {
     }
     publish(trip, peer, chunk, epoch);
   }
-  if (last_block(trip, kSendTicket) && threadIdx.x == 0) {
+  if (last_block(trip, kSendTicket, gridDim.x) && threadIdx.x == 0) {
     trip.state[trip.counters + kSent] = static_cast<int32_t>(epoch);
   }
 }
 
 void ep_push(
     const Tensor& peers, Tensor state, const Tensor& rows, const Tensor& tokens, const Tensor& counts,
-    const std::optional<Tensor>& meta0, const std::optional<Tensor>& meta1, const Tensor& words, int64_t blocks) {
+    const std::optional<Tensor>& meta0, const std::optional<Tensor>& meta1, const Tensor& words, int64_t blocks,
+    bool fp8) {
   const DeviceGuard guard(state.get_device_index());
   check_tensor(rows, "rows", rows.scalar_type(), 2);
   check_tensor(tokens, "tokens", ScalarType::Int, 2);
@@ -122,9 +155,8 @@ void ep_push(
   args.trip = read_trip(peers, state, words);
   check_size(tokens, "tokens", 0, args.trip.ranks);
   check_size(counts, "counts", 0, args.trip.ranks);
-  STD_TORCH_CHECK(
-      rows.size(1) * static_cast<int64_t>(rows.element_size()) == args.trip.width, "rows must be ", args.trip.width,
-      " bytes wide");
+  args.row_bytes = rows.size(1) * static_cast<int64_t>(rows.element_size());
+  check_width(args.trip, rows, "rows", fp8);
   args.rows = rows.const_data_ptr();
   args.tokens_RS = in_ptr<int32_t>(tokens);
   args.counts_R = in_ptr<int32_t>(counts);
@@ -153,10 +185,12 @@ void ep_push(
       args.trip.width, " bytes");
   const cudaStream_t stream = current_stream(state);
   const int grid = to_int32(blocks, "blocks");
-  if (args.trip.width % 16 == 0) {
-    ep_push_kernel<uint4><<<grid, kThreads, 0, stream>>>(args);
+  if (fp8) {
+    ep_push_kernel<uint4, true><<<grid, kThreads, 0, stream>>>(args);
+  } else if (args.trip.width % 16 == 0 && reinterpret_cast<uintptr_t>(args.rows) % 16 == 0) {
+    ep_push_kernel<uint4, false><<<grid, kThreads, 0, stream>>>(args);
   } else {
-    ep_push_kernel<uint8_t><<<grid, kThreads, 0, stream>>>(args);
+    ep_push_kernel<uint8_t, false><<<grid, kThreads, 0, stream>>>(args);
   }
   MOE_LAUNCH_CHECK();
 }

@@ -46,7 +46,7 @@ PartialArgs read_partial(
 
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) ep_reduce_push_kernel(EpTrip trip, PartialArgs args) {
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, 2) ep_reduce_push_kernel(EpTrip trip
     if (r != trip.me) most = max(most, args.base_R1[r + 1] - args.base_R1[r]);
   }
   most = min(most, trip.max_rows);
-  const int pieces = ceil_div(args.hidden, V * kWarp);
+  const int pieces = ceil_div(args.hidden, V * kWarp), parts = max(1, kWarps / trip.chunk_rows);
   const int64_t items = static_cast<int64_t>(ceil_div(most, trip.chunk_rows)) * (trip.ranks - 1);
   for (int64_t q = blockIdx.x; q < items; q += gridDim.x) {
     int peer;
@@ -72,11 +72,19 @@ __global__ void __launch_bounds__(kThreads, 2) ep_reduce_push_kernel(EpTrip trip
     const int first = static_cast<int>(chunk) * trip.chunk_rows;
     if (first >= count) continue;
     const int rows = min(trip.chunk_rows, count - first);
-    for (int item = warp; item < rows * pieces; item += kThreads / kWarp) {
-      const int j = first + item / pieces, d = (item % pieces * kWarp + lane) * V;
-      float sum[V];
-      partial_sum<T, V>(args, base + j, d, sum);
-      if (d < args.hidden) store_wire<V>(trip.rows(peer, trip.me) + j * trip.width, args.wire, d, sum);
+    // A warp takes a row, or a part of it where a chunk has fewer rows than the block has warps.
+    for (int item = warp; item < rows * parts; item += kWarps) {
+      const int j = first + item / parts, part = item % parts;
+      const int begin = pieces * part / parts, end = pieces * (part + 1) / parts;
+      if (begin == end) continue;
+      PartialRow<T, V> row(args, list_slots(args, base + j), begin);
+      uint8_t* to = trip.rows(peer, trip.me) + j * trip.width;
+      for (int piece = begin; piece < end; ++piece) {
+        float sum[V];
+        row.sum(piece, piece + 1 < end, sum);
+        const int d = (piece * kWarp + lane) * V;
+        if (d < args.hidden) store_wire<V>(to, args.wire, d, sum);
+      }
     }
     if (args.probs_N != nullptr) {
       float* words = reinterpret_cast<float*>(trip.words(peer, trip.me));
@@ -88,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, 2) ep_reduce_push_kernel(EpTrip trip
     }
     publish(trip, peer, chunk, epoch);
   }
-  if (last_block(trip, kSendTicket) && threadIdx.x == 0) {
+  if (last_block(trip, kSendTicket, gridDim.x) && threadIdx.x == 0) {
     trip.state[trip.counters + kSent] = static_cast<int32_t>(epoch);
   }
 }

@@ -5,11 +5,12 @@
 // One thread waits for the chunk's flag; a warp reads a row once and writes it up to K times.
 
 #include "ep.cuh"
+#include "ep_fp8.cuh"
 
 namespace moe_layer {
 namespace {
 
-constexpr int kThreads = 512, kAhead = 8;
+constexpr int kThreads = 256, kAhead = 8, kBlocksPerSm = 3;
 
 struct TakeArgs {
   EpTrip trip;
@@ -22,12 +23,34 @@ struct TakeArgs {
   const int32_t* offsets_L1;
   void* out;
   int64_t out_rows, places;  // rows that the offsets may count
+  int64_t row_bytes;         // of `rows` and `out`
   int32_t num_rows, list, slots, num_compact, num_local;
 };
 
-template <typename Unit>
-__device__ __forceinline__ void copy_row(const TakeArgs& args, const Unit* from, int64_t c, int64_t per_row) {
+// Where a unit of an arriving row comes from: the row as it is, or decoded; own rows take the same roundings.
+template <typename Unit, bool kFp8>
+__device__ __forceinline__ Unit read_unit(const uint8_t* row, bool own, int64_t unit, int64_t units) {
+  if constexpr (kFp8) {
+    Fp8Unit coded{};
+    if (own) {
+      uint4 x{};
+      if (unit < units) x = __ldcg(reinterpret_cast<const uint4*>(row) + unit);
+      coded = fp8_encode(x);
+    } else if (unit < units) {
+      coded.values = __ldcg(reinterpret_cast<const uint2*>(row) + unit);
+      coded.scale = __ldcg(reinterpret_cast<const float*>(row + units * 8) + unit / 16);
+    }
+    return fp8_decode(coded);
+  } else {
+    return unit < units ? __ldcg(reinterpret_cast<const Unit*>(row) + unit) : Unit{};
+  }
+}
+
+template <typename Unit, bool kFp8>
+__device__ __forceinline__ void copy_row(
+    const TakeArgs& args, const uint8_t* from, bool own, int64_t c, int64_t per_row) {
   constexpr unsigned kAll = 0xffffffffu;
+  constexpr int kDepth = kFp8 ? 4 : kAhead;
   const int lane = threadIdx.x % kWarp;
   Unit* out = static_cast<Unit*>(args.out);
   int32_t mine = -1;
@@ -37,17 +60,14 @@ __device__ __forceinline__ void copy_row(const TakeArgs& args, const Unit* from,
     mine = args.row_CK[c * args.slots + lane];
   }
   const unsigned targets = __ballot_sync(kAll, mine >= 0 && mine < args.out_rows);
-  for (int64_t begin = 0; begin < per_row; begin += kWarp * kAhead) {
-    Unit values[kAhead];
+  for (int64_t begin = 0; begin < per_row; begin += kWarp * kDepth) {
+    Unit values[kDepth];
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const int64_t column = begin + j * kWarp + lane;
-      if (column < per_row) values[j] = __ldcg(from + column);
-    }
+    for (int j = 0; j < kDepth; ++j) values[j] = read_unit<Unit, kFp8>(from, own, begin + j * kWarp + lane, per_row);
     for (unsigned left = targets; left != 0; left &= left - 1) {
       Unit* to = out + static_cast<int64_t>(__shfl_sync(kAll, mine, __ffs(left) - 1)) * per_row;
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
+      for (int j = 0; j < kDepth; ++j) {
         const int64_t column = begin + j * kWarp + lane;
         if (column < per_row) to[column] = values[j];
       }
@@ -55,14 +75,14 @@ __device__ __forceinline__ void copy_row(const TakeArgs& args, const Unit* from,
   }
 }
 
-template <typename Unit>
-__global__ void __launch_bounds__(kThreads, 2) ep_take_kernel(TakeArgs args) {
+template <typename Unit, bool kFp8>
+__global__ void __launch_bounds__(kThreads, 4) ep_take_kernel(TakeArgs args) {
   const EpTrip& trip = args.trip;
   __shared__ int32_t counts[kMostRanks];
   __shared__ bool there;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const uint64_t until = now_ns() + trip.deadline_ns;
-  const int64_t per_row = trip.width / static_cast<int64_t>(sizeof(Unit));
+  const int64_t per_row = args.row_bytes / static_cast<int64_t>(sizeof(Unit));
   bool ok = wait_headers(trip, until, counts);
   if (ok && args.offsets_L1 != nullptr && args.offsets_L1[args.num_local] > args.places) {
     if (blockIdx.x == 0 && threadIdx.x == 0) {
@@ -71,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, 2) ep_take_kernel(TakeArgs args) {
     ok = false;
   }
   if (!ok) {
-    poison(args.out, args.out_rows * trip.width);
+    poison(args.out, args.out_rows * args.row_bytes);
     return;
   }
   const uint32_t epoch = trip.epoch(kReceived) + 1;
@@ -85,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 2) ep_take_kernel(TakeArgs args) {
     }
   }
 
-  const Unit* own = static_cast<const Unit*>(args.rows);
+  const uint8_t* own = static_cast<const uint8_t*>(args.rows);
   const int own_count = args.counts_R[trip.me], chunk_rows = trip.chunk_rows;
   const int64_t own_chunks = ceil_div(own_count, chunk_rows);
   int most = 0;
@@ -109,28 +129,28 @@ __global__ void __launch_bounds__(kThreads, 2) ep_take_kernel(TakeArgs args) {
       if (threadIdx.x == 0) there = spin(trip, trip.flag(trip.me, source, chunk), epoch, until, source);
       __syncthreads();
       if (!there) {
-        poison(args.out, args.out_rows * trip.width);
+        poison(args.out, args.out_rows * args.row_bytes);
         return;
       }
     }
-    const Unit* arrived = reinterpret_cast<const Unit*>(trip.rows(trip.me, source));
+    const uint8_t* arrived = trip.rows(trip.me, source);
     for (int i = first + warp; i < end; i += kThreads / kWarp) {
-      const Unit* from = arrived + i * per_row;
+      const uint8_t* from = arrived + i * trip.width;
       if (source == trip.me) {
         const int32_t token = args.tokens_S[i];
         if (token < 0 || token >= args.num_rows) continue;
-        from = own + token * per_row;
+        from = own + token * args.row_bytes;
       }
-      copy_row(args, from, base + i, per_row);
+      copy_row<Unit, kFp8>(args, from, source == trip.me, base + i, per_row);
     }
   }
-  if (last_block(trip, kReceiveTicket)) give_credits(trip);
+  if (last_block(trip, kReceiveTicket, gridDim.x)) give_credits(trip);
 }
 
 void ep_take(
     const Tensor& peers, Tensor state, const Tensor& rows, const Tensor& tokens, const Tensor& base,
     const Tensor& counts, const std::optional<Tensor>& row_index, const std::optional<Tensor>& slot,
-    const std::optional<Tensor>& offsets, const Tensor& words, Tensor out) {
+    const std::optional<Tensor>& offsets, const Tensor& words, Tensor out, bool fp8) {
   const DeviceGuard guard(state.get_device_index());
   check_tensor(rows, "rows", rows.scalar_type(), 2);
   check_tensor(tokens, "tokens", ScalarType::Int, 2);
@@ -139,9 +159,9 @@ void ep_take(
   check_tensor(out, "out", out.scalar_type(), 2);
   TakeArgs args{};
   args.trip = read_trip(peers, state, words);
-  STD_TORCH_CHECK(
-      out.size(1) * static_cast<int64_t>(out.element_size()) == args.trip.width, "out must be ", args.trip.width,
-      " bytes wide");
+  check_width(args.trip, rows, "rows", fp8);
+  check_width(args.trip, out, "out", fp8);
+  args.row_bytes = out.size(1) * static_cast<int64_t>(out.element_size());
   args.rows = rows.const_data_ptr();
   args.tokens_S = in_ptr<int32_t>(tokens) + args.trip.me * tokens.size(1);
   args.base_R1 = in_ptr<int32_t>(base);
@@ -170,12 +190,14 @@ void ep_take(
   }
   const cudaStream_t stream = current_stream(state);
   const int64_t chunks = ceil_div<int64_t>(args.trip.max_rows, args.trip.chunk_rows) * args.trip.ranks;
-  const int64_t most = sm_count(state.get_device_index());
+  const int64_t most = kBlocksPerSm * sm_count(state.get_device_index());
   const int grid = static_cast<int>(chunks < most ? chunks : most);
-  if (args.trip.width % 16 == 0) {
-    ep_take_kernel<uint4><<<grid, kThreads, 0, stream>>>(args);
+  if (fp8) {
+    ep_take_kernel<uint4, true><<<grid, kThreads, 0, stream>>>(args);
+  } else if (args.trip.width % 16 == 0 && reinterpret_cast<uintptr_t>(args.rows) % 16 == 0) {
+    ep_take_kernel<uint4, false><<<grid, kThreads, 0, stream>>>(args);
   } else {
-    ep_take_kernel<uint8_t><<<grid, kThreads, 0, stream>>>(args);
+    ep_take_kernel<uint8_t, false><<<grid, kThreads, 0, stream>>>(args);
   }
   MOE_LAUNCH_CHECK();
 }

@@ -29,10 +29,7 @@ from torch import Tensor
 from moe_layer.config.model import DispatchConfig
 from moe_layer.dispatch.route import row_bytes
 from moe_layer.errors import ConfigError, RoutingError
-
-BLOCK = 128
-E4M3_MAX = 448.0
-SMALLEST_SCALE = 2.0**-126  # the smallest normal fp32: below it quotients would lose their precision
+from moe_layer.ops.fp8_rows import BLOCK, fp8_decode, fp8_encode
 
 
 class TokenFormat(Protocol):
@@ -102,25 +99,11 @@ class Fp8BlockFormat:
 
     def encode(self, x_TD: Tensor) -> list[Tensor]:
         """uint8 `[T, D]` (e4m3fn bits) and fp32 scales `[T, B]`."""
-        x_TBC = _blocks(x_TD.float())
-        finite_TBC = x_TBC.isfinite()
-        peak_TB1 = torch.where(finite_TBC, x_TBC.abs(), 0.0).amax(dim=2, keepdim=True)
-        # By a tensor: CUDA multiplies by the reciprocal of a number, which may be another scale in the last bit.
-        scale_TB1 = (peak_TB1 / peak_TB1.new_full((), E4M3_MAX)).clamp_min(SMALLEST_SCALE)
-        values_TBC = torch.where(finite_TBC, x_TBC / scale_TB1, torch.nan).to(torch.float8_e4m3fn)
-        values_TD = values_TBC.flatten(1)[:, : self.hidden].contiguous()
-        return [values_TD.view(torch.uint8), scale_TB1.squeeze(2)]
+        return fp8_encode(x_TD)
 
     def decode(self, payload: Sequence[Tensor], *, dtype: torch.dtype) -> Tensor:
         values_CD, scale_CB = payload
-        rows_CBC = _blocks(values_CD.view(torch.float8_e4m3fn).float()) * scale_CB.unsqueeze(2)
-        return rows_CBC.flatten(1)[:, : self.hidden].to(dtype)
-
-
-def _blocks(x_TD: Tensor) -> Tensor:
-    """`[T, B, 128]`, a short last block filled up with zeros."""
-    short = -x_TD.shape[1] % BLOCK
-    return (torch.nn.functional.pad(x_TD, (0, short)) if short else x_TD).unflatten(1, (-1, BLOCK))
+        return fp8_decode(values_CD, scale_CB, dtype=dtype)
 
 
 def check_format(config: DispatchConfig, token_format: TokenFormat | None) -> None:

@@ -1,8 +1,4 @@
-"""Several ranks on one GPU in one process: threads, each with its own stream, and windows in ordinary device memory.
-
-All ranks' kernels must be on the GPU at once, since some wait for others: cases are small, so their grids are too. A
-kernel that is loaded lazily while another one spins would wait for it: `warm` runs everything at one rank first.
-"""
+"""Several ranks on one GPU in one process: threads build their windows in ordinary device memory."""
 
 from __future__ import annotations
 
@@ -43,22 +39,11 @@ class _ThroughCpu:
         return _Done()
 
 
-def run_on_gpu(
-    ranks: ThreadRanks, size: int, fn: Callable[[ParallelContext], Any], *, fresh: bool = False
-) -> list[Any]:
-    """`fn(context)` on `size` ranks of cuda:0, in rank order; errors are returned with `fresh`, else raised."""
+def run_on_gpu(ranks: ThreadRanks, size: int, fn: Callable[[ParallelContext], Any]) -> list[Any]:
+    """`fn(context)` on `size` ranks of cuda:0, in rank order."""
 
     def one(context: ParallelContext) -> Any:
-        moved = ParallelContext(
-            _ThroughCpu(context.ep_group),
-            ep_rank=context.ep_rank,
-            ep_size=size,
-            device="cuda:0",
-            store=context.store,
-        )
-        with torch.cuda.stream(torch.cuda.Stream()):
-            result = fn(moved)
-            torch.cuda.current_stream().synchronize()
-        return result
+        group = _ThroughCpu(context.ep_group)
+        return fn(ParallelContext(group, ep_rank=context.ep_rank, ep_size=size, device="cuda:0", store=context.store))
 
-    return ranks.run(size, one, fresh=fresh)
+    return ranks.run(size, one)

@@ -48,14 +48,14 @@ def test_opcheck(window: Window, one: Link) -> None:
     tokens, position, counts = ep.ep_plan(ids, num_experts=E, num_ranks=1)
     trip = window.begin(one.at("dispatch"), width=4 * D, link=one, home=False)
     w = (window.peers, window.state)
-    check(torch.ops.moe_layer.ep_push.default, (*w, x, tokens, counts, ids, weights, trip.words, 1))
+    check(torch.ops.moe_layer.ep_push.default, (*w, x, tokens, counts, ids, weights, trip.words, 1, False))
     check(torch.ops.moe_layer.ep_await.default, (*w, trip.words, T, K, K, 0, E))
     base = torch.tensor([0, 4], dtype=torch.int32)
     row_CK = torch.tensor([[0, 1], [2, -1], [3, 4], [5, 6]], dtype=torch.int32)
     ids_CK = ids[[0, 1, 2, 4]]
     check(
         torch.ops.moe_layer.ep_take.default,
-        (*w, x, tokens, base, counts, row_CK, None, None, trip.words, torch.zeros(7, D)),
+        (*w, x, tokens, base, counts, row_CK, None, None, trip.words, torch.zeros(7, D), False),
     )
     back = window.begin(one.at("combine"), width=4 * D, link=one, home=True)
     rows, probs = torch.randn(7, D), torch.rand(7)

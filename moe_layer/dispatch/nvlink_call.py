@@ -1,0 +1,293 @@
+"""One dispatch and its combine over a window, and the autograd functions of its four halves. See nvlink.py.
+
+Letters: T tokens, K slots, R ranks, C compact rows, N expert-major rows, L local experts, D hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moe_layer.dispatch.arrange import gather_slots
+from moe_layer.dispatch.base import padded_rows, static_rows, wire_dtype
+from moe_layer.dispatch.window import Trip, Window, padded_width
+from moe_layer.dispatch.wire import Phase
+from moe_layer.ops import ep
+from moe_layer.ops.fp8_rows import BLOCK
+from moe_layer.ops.gather_rows import gather_rows
+from moe_layer.ops.sort_slots import sort_slots
+from moe_layer.types import DispatchPlan, GradientLink
+
+if TYPE_CHECKING:
+    from moe_layer.dispatch.nvlink import NvlinkDispatcher
+
+PUSH_BLOCKS, REDUCE_BLOCKS = 32, 128  # the first only copies, the second reads K rows for one that it sends
+
+
+@dataclass
+class FusedCall:
+    """State of one dispatch and its combine.
+
+    Attributes:
+        fp8: rows travel outwards as e4m3 (`dispatch_format: fp8_1x128`).
+        x_TD: what was sent, until it is received. tokens_RT, position_TR, counts_R: see `ep_plan`.
+        base_R1, recv_R: compact rows of each source. row_CK, ids_CK, slot_N, offsets_L1: see `SlotOrder`.
+        trips: under way between a send and its recv. d_y_TD; d_rows and d_probs: what the trips of backward carry.
+    """
+
+    dispatcher: NvlinkDispatcher
+    plan: DispatchPlan
+    window: Window
+    dtype: torch.dtype
+    fp8: bool
+    tokens_RT: Tensor
+    position_TR: Tensor
+    counts_R: Tensor
+    weights_TK: Tensor | None = None
+    x_TD: Tensor | None = None
+    base_R1: Tensor | None = None
+    recv_R: Tensor | None = None
+    row_CK: Tensor | None = None
+    ids_CK: Tensor | None = None
+    slot_N: Tensor | None = None
+    offsets_L1: Tensor | None = None
+    trips: dict[Phase, Trip] = field(default_factory=dict)
+    d_y_TD: Tensor | None = None
+    d_rows: tuple[Tensor, Tensor] | None = None
+
+    def begin(self, phase: Phase, *, width: int, home: bool) -> Trip:
+        link = self.dispatcher.link
+        link.check()
+        trip = self.trips[phase] = self.window.begin(link.at(phase), width=width, link=link, home=home)
+        return trip
+
+    def push(self, phase: Phase, rows: Tensor, **meta: Tensor) -> None:
+        """Send rows `[T, D]` to the ranks of their experts."""
+        w = self.window
+        trip = self.begin(phase, width=fp8_width(rows.shape[1]) if self.fp8 else row_width(rows), home=False)
+        blocks = self.dispatcher.config.sm_budget or PUSH_BLOCKS
+        w.send(
+            trip,
+            ep.ep_push,
+            w.peers,
+            w.state,
+            rows,
+            self.tokens_RT,
+            self.counts_R,
+            trip.words,
+            blocks=blocks,
+            fp8=self.fp8,
+            **meta,
+        )
+
+    def take(self, phase: Phase, own_rows: Tensor, out: Tensor) -> None:
+        """Rows of a push, into the experts' places (or compact)."""
+        assert self.base_R1 is not None and self.recv_R is not None
+        config = self.dispatcher.config
+        compact, static = config.rows == "compact", config.capacity == "static"
+        self.window.take(
+            self.trips.pop(phase),
+            own_rows,
+            self.tokens_RT,
+            self.base_R1,
+            self.recv_R,
+            row_CK=None if compact else self.row_CK,
+            slot_N=self.slot_N if (static if compact else config.alignment > 1) else None,
+            offsets_L1=self.offsets_L1 if static or not compact else None,
+            out=out,
+            fp8=self.fp8,
+        )
+        self.report()
+
+    def reduce_push(self, phase: Phase, rows: Tensor, *, compact: bool, probs_N: Tensor | None) -> None:
+        """Send the partial row of each received token home."""
+        w, d = self.window, self.dispatcher
+        trip = self.begin(phase, width=rows.shape[1] * self.wire.itemsize, home=True)
+        args = (w.peers, w.state, rows, self.row_CK, self.ids_CK, self.base_R1, trip.words)
+        w.send(
+            trip,
+            ep.ep_reduce_push,
+            *args,
+            probs_N=probs_N,
+            wire=self.wire,
+            num_experts=d.num_experts,
+            tree_blocks=d.blocks,
+            compact=compact,
+            blocks=d.config.sm_budget or REDUCE_BLOCKS,
+        )
+
+    def home(
+        self, phase: Phase, rows: Tensor, *, compact: bool, probs_N: Tensor | None, add: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Each token's sum, and what came home of `probs_N`."""
+        w, d, trip = self.window, self.dispatcher, self.trips.pop(phase)
+        assert self.row_CK is not None and self.ids_CK is not None and self.base_R1 is not None
+        out = ep.ep_home(
+            w.peers,
+            w.state,
+            rows,
+            self.row_CK,
+            self.ids_CK,
+            self.base_R1,
+            self.position_TR,
+            self.plan.ids_TK,
+            trip.words,
+            probs_N=probs_N,
+            add=add,
+            dtype=self.dtype,
+            wire=self.wire,
+            num_experts=d.num_experts,
+            tree_blocks=d.blocks,
+            compact=compact,
+        )
+        w.received(trip)
+        self.report()
+        return out
+
+    def report(self) -> None:
+        """On a CPU an error is known at once; CUDA's is raised by `check()` or the next dispatch."""
+        if self.window.device.type == "cpu":
+            self.window.check(self.dispatcher.link)
+
+    @property
+    def wire(self) -> torch.dtype:
+        return wire_dtype(self.dispatcher.config, self.dtype)
+
+
+class DispatchSend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, call: FusedCall) -> Tensor:
+        ctx.call, ctx.weights_dtype = call, weights_TK.dtype
+        call.x_TD = aligned(x_TD)
+        call.push("dispatch", call.x_TD, meta0=call.plan.ids_TK, meta1=weights_TK.float().contiguous())
+        return x_TD.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, d_token: Tensor) -> tuple[Tensor, Tensor, None]:
+        call: FusedCall = ctx.call
+        assert call.d_rows is not None
+        (rows, probs_N), call.d_rows = call.d_rows, None
+        compact = call.dispatcher.config.rows == "compact"
+        dx_TD, d_weights_TK = call.home("dispatch backward", rows, compact=compact, probs_N=probs_N, add=None)
+        return dx_TD, d_weights_TK.to(ctx.weights_dtype), None
+
+
+class DispatchRecv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, call: FusedCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        d, w = call.dispatcher, call.window
+        config, K = d.config, d.top_k
+        room = d.link.size * d.max_tokens
+        call.recv_R, call.base_R1, token_C, rank_C, ids_CK, weights_CK = ep.ep_await(
+            w.peers,
+            w.state,
+            call.trips["dispatch"].words,
+            num_rows=room,
+            words0=K,
+            words1=K,
+            first_expert=d.first_expert,
+            num_local=d.num_local,
+        )
+        if config.capacity == "static":
+            num_rows = static_rows(config, slots=d.max_tokens * K)
+        else:
+            num_rows = padded_rows(room * min(K, d.num_local), num_local=d.num_local, alignment=config.alignment)
+        order = sort_slots(
+            ids_CK,
+            first_expert=d.first_expert,
+            num_local=d.num_local,
+            alignment=config.alignment,
+            num_rows=num_rows,
+        )
+        slot_N, row_CK = order.slot_N, order.row_CK
+        if config.capacity == "dropless":
+            known = torch.cat((w.state[: ep.STATE_HEAD], order.offsets_L1[-1:], call.base_R1[-1:])).tolist()
+            w.check(d.link, known)
+            num_rows, room = known[-2:]
+            slot_N = slot_N[:num_rows]
+            row_CK, ids_CK, weights_CK = row_CK[:room], ids_CK[:room], weights_CK[:room]
+            token_C, rank_C = token_C[:room], rank_C[:room]
+        call.slot_N, call.row_CK, call.ids_CK, call.offsets_L1 = slot_N, row_CK, ids_CK, order.offsets_L1
+        assert call.x_TD is not None
+        x_TD, call.x_TD = call.x_TD, None
+        rows = x_TD.new_empty(room if config.rows == "compact" else num_rows, x_TD.shape[1])
+        probs_N = gather_slots(weights_CK, slot_N)  # before the rows, which are still arriving
+        call.take("dispatch", x_TD, rows)
+        if config.capacity == "static":  # after an overflow, reported above, nobody may read or write past the rows
+            call.offsets_L1 = order.offsets_L1.clamp_max(num_rows)
+        ctx.call = call
+        ctx.mark_non_differentiable(rank_C, token_C)
+        ctx.save_for_backward(token.new_empty(0))
+        return rows, probs_N, rank_C, token_C
+
+    @staticmethod
+    def backward(ctx: Any, d_rows: Tensor, d_probs_N: Tensor, *_: Any) -> tuple[Tensor, None]:
+        call: FusedCall = ctx.call
+        compact = call.dispatcher.config.rows == "compact"
+        d_rows, d_probs_N = aligned(d_rows), d_probs_N.contiguous()
+        call.reduce_push("dispatch backward", d_rows, compact=compact, probs_N=d_probs_N)
+        call.d_rows = (d_rows, d_probs_N)
+        return d_rows.new_zeros(0), None
+
+
+class CombineSend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, call: FusedCall, link: GradientLink | None) -> Tensor:
+        ctx.call, ctx.shape, ctx.dtype, ctx.link = call, rows_ND.shape, rows_ND.dtype, link
+        call.reduce_push("combine", rows_ND, compact=False, probs_N=None)
+        return rows_ND.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, d_token: Tensor) -> tuple[Tensor, None, None]:
+        call: FusedCall = ctx.call
+        assert call.d_y_TD is not None
+        d_y_TD, call.d_y_TD = call.d_y_TD, None
+        if call.dispatcher.config.rows == "compact":
+            assert call.base_R1 is not None and call.row_CK is not None and call.slot_N is not None
+            d_part_CD = d_y_TD.new_empty(call.row_CK.shape[0], d_y_TD.shape[1])
+            call.take("combine backward", d_y_TD, d_part_CD)
+            if ctx.link is not None:
+                return ctx.link.put(d_part_CD), None, None
+            compact_N = torch.where(call.slot_N >= 0, call.slot_N // call.dispatcher.top_k, -1)
+            return gather_rows(d_part_CD, compact_N).to(ctx.dtype), None, None
+        d_rows_ND = d_y_TD.new_empty(ctx.shape)
+        call.take("combine backward", d_y_TD, d_rows_ND)
+        return d_rows_ND.to(ctx.dtype), None, None
+
+
+class CombineRecv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, add: Tensor | None, call: FusedCall, rows_ND: Tensor) -> Tensor:
+        ctx.call, ctx.add_dtype = call, None if add is None else add.dtype
+        y_TD, _ = call.home("combine", rows_ND, compact=False, probs_N=None, add=None if add is None else aligned(add))
+        ctx.save_for_backward(token.new_empty(0))
+        return y_TD
+
+    @staticmethod
+    def backward(ctx: Any, d_y_TD: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        call: FusedCall = ctx.call
+        _ = ctx.saved_tensors  # recompute runs here, before the trips of this backward take slots of the ring
+        d_add = None if ctx.add_dtype is None else d_y_TD.to(ctx.add_dtype)
+        d_y_TD = aligned(d_y_TD.to(call.dtype))
+        call.push("combine backward", d_y_TD)
+        call.d_y_TD = d_y_TD
+        return d_y_TD.new_zeros(0), d_add, None, None
+
+
+def row_width(rows: Tensor) -> int:
+    """Bytes of a row."""
+    return rows.shape[1] * rows.element_size()
+
+
+def fp8_width(hidden: int) -> int:
+    """Bytes of an encoded row: values, scales, up to whole 16-byte units."""
+    return padded_width(hidden + 4 * -(-hidden // BLOCK))
+
+
+def aligned(rows: Tensor) -> Tensor:
+    """The rows, contiguous and at an address for 16-byte accesses."""
+    rows = rows.contiguous()
+    return rows.clone() if rows.data_ptr() % 16 else rows

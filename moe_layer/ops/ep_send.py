@@ -1,0 +1,160 @@
+"""The sending half of a trip, see moe_layer/ops/ep.py: `ep_plan`, `ep_push`, `ep_reduce_push`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_layer.ops._call import call_plain
+from moe_layer.ops.ep_model import WIRE_CODES, WIRES, Failed, Trip, as_bytes, encoded_rows, partial_rows, slot_values
+
+
+def ep_plan(ids_TK: Tensor, *, num_experts: int, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tokens go to which rank, without reading anything on the host.
+
+    Args: int32 ids in [-1, num_experts).
+    Returns: int32 tokens_RT (ascending tokens of each destination; past its count undefined), position_TR (place of
+    the token in that list, -1 = not sent), counts_R.
+    """
+    return call_plain(torch.ops.moe_layer.ep_plan, ids_TK, num_experts, num_ranks)
+
+
+@torch.library.custom_op("moe_layer::ep_plan", mutates_args=())
+def _ep_plan(ids: Tensor, num_experts: int, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+    T = ids.shape[0]
+    rank_TK = torch.where(ids >= 0, ids.long() * num_ranks // num_experts, num_ranks)
+    goes_TR = torch.zeros(T, num_ranks + 1, dtype=torch.bool, device=ids.device).scatter_(1, rank_TK, True)[:, :-1]
+    position_TR = torch.where(goes_TR, goes_TR.int().cumsum(0) - 1, -1)
+    token_TR = torch.arange(T, device=ids.device).unsqueeze(1).expand(T, num_ranks)
+    target_TR = torch.where(goes_TR, position_TR, T).long()
+    tokens_RT = torch.zeros(num_ranks, T + 1, dtype=torch.int32, device=ids.device)
+    tokens_RT.scatter_(1, target_TR.T, token_TR.T.int())
+    return tokens_RT[:, :T].contiguous(), position_TR.int(), goes_TR.sum(0).int()
+
+
+@_ep_plan.register_fake
+def _(ids, num_experts, num_ranks):  # type: ignore[no-untyped-def]
+    T = ids.shape[0]
+    new = [ids.new_empty(shape, dtype=torch.int32) for shape in ((num_ranks, T), (T, num_ranks), (num_ranks,))]
+    return tuple(new)
+
+
+def ep_push(
+    peers: Tensor,
+    state: Tensor,
+    rows: Tensor,
+    tokens_RS: Tensor,
+    counts_R: Tensor,
+    trip: Tensor,
+    *,
+    meta0: Tensor | None = None,
+    meta1: Tensor | None = None,
+    blocks: int,
+    fp8: bool = False,
+) -> None:
+    """Send `rows[tokens_RS[r, i]]` to rank r as its row i, i < counts_R[r]; words of meta0 and meta1 go before them.
+
+    Args:
+        peers: int64 `[R]`, addresses of the windows. state: int32. trip: int64 on the CPU, see TRIP_WORDS.
+        rows: `[T, width bytes]` contiguous, any dtype; with `fp8` bf16, encoded on the way (ops/fp8_rows.py).
+        tokens_RS, counts_R: int32. A row of this rank itself is not copied; its header and meta words are.
+        meta0, meta1: int32 or fp32 `[T, M]`: a row's words are its token index, then these.
+        blocks: thread blocks, which is the number of multiprocessors that the send occupies at most.
+    """
+    call_plain(torch.ops.moe_layer.ep_push, peers, state, rows, tokens_RS, counts_R, meta0, meta1, trip, blocks, fp8)
+
+
+@torch.library.custom_op("moe_layer::ep_push", mutates_args=("state",))
+def _ep_push(
+    peers: Tensor,
+    state: Tensor,
+    rows: Tensor,
+    tokens: Tensor,
+    counts: Tensor,
+    meta0: Tensor | None,
+    meta1: Tensor | None,
+    trip: Tensor,
+    blocks: int,
+    fp8: bool,
+) -> None:
+    t = Trip(peers, state, trip)
+    try:
+        t.start()
+        t.wait_credits()
+    except Failed:
+        return
+    count_R = counts.tolist()
+    for peer in range(t.ranks):
+        index = tokens[peer, : count_R[peer]]
+        extra = [m.view(torch.int32).index_select(0, index) for m in (meta0, meta1) if m is not None]
+        if extra:
+            words = torch.cat([index.unsqueeze(1), *extra], dim=1)
+            t.meta(peer, t.me, count_R[peer], words.shape[1]).copy_(words)
+    t.write_headers(count_R)
+    source = encoded_rows(rows, t.width) if fp8 else as_bytes(rows)
+    t.send_rows(lambda peer, count: source.index_select(0, tokens[peer, :count]), count_R)
+    t.sent.add_(1)
+
+
+def ep_reduce_push(
+    peers: Tensor,
+    state: Tensor,
+    rows: Tensor,
+    row_CK: Tensor,
+    ids_CK: Tensor,
+    base_R1: Tensor,
+    trip: Tensor,
+    *,
+    probs_N: Tensor | None = None,
+    wire: torch.dtype,
+    num_experts: int,
+    tree_blocks: int,
+    compact: bool = False,
+    blocks: int,
+) -> None:
+    """Send compact rows home: for c in [base_R1[r], base_R1[r+1]) the tree sum of `rows[row_CK[c]]`, rounded to `wire`.
+
+    Args:
+        rows: `[N, D]`, or with `compact` `[C, D]`, already summed. row_CK, ids_CK: as in `tree_reduce`.
+        probs_N: optional fp32; `probs_N[row_CK[c]]` (0 where absent) travels as the row's K meta words.
+    """
+    code = WIRE_CODES[wire]
+    op = torch.ops.moe_layer.ep_reduce_push
+    call_plain(
+        op, peers, state, rows, row_CK, ids_CK, base_R1, probs_N, trip, code, num_experts, tree_blocks, compact, blocks
+    )
+
+
+@torch.library.custom_op("moe_layer::ep_reduce_push", mutates_args=("state",))
+def _ep_reduce_push(
+    peers: Tensor,
+    state: Tensor,
+    rows: Tensor,
+    row_index: Tensor,
+    ids: Tensor,
+    base: Tensor,
+    probs: Tensor | None,
+    trip: Tensor,
+    wire: int,
+    num_experts: int,
+    tree_blocks: int,
+    compact: bool,
+    blocks: int,
+) -> None:
+    t = Trip(peers, state, trip)
+    try:
+        t.start()
+        t.wait_credits()
+    except Failed:
+        return
+    begin = base.tolist()
+    count_R = [begin[r + 1] - begin[r] for r in range(t.ranks)]
+    part = partial_rows(rows, row_index, ids, num_experts, tree_blocks, compact)[: begin[-1]]
+    source = as_bytes(part.to(WIRES[wire]))
+    t.write_headers(count_R)
+    for peer in range(t.ranks):
+        if probs is not None and peer != t.me:
+            words = slot_values(probs, row_index[begin[peer] : begin[peer + 1]])
+            t.meta(peer, t.me, count_R[peer], words.shape[1]).copy_(words.view(torch.int32))
+    t.send_rows(lambda peer, count: source[begin[peer] : begin[peer] + count], count_R)
+    t.sent.add_(1)
