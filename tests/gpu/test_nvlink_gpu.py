@@ -72,7 +72,8 @@ def test_bits_on_virtual_ranks(threads: ThreadRanks, size: int, rows: str, dtype
     config = _config(rows=rows, combine_format=wire)
     got = play(threads, case, config, size)
     want = play(threads, case, DispatchConfig(combine_format=wire), 1)
-    exact = size != 3  # the tree of 3 ranks is another one
+    # the tree of 3 ranks is another one; compact rows have one gradient a token and rank, in their dtype
+    exact = size != 3 and (rows == "expert_major" or dtype == torch.float32)
     for name, a, b in zip(("y", "dx", "dw"), got, want, strict=True):
         assert torch.equal(a, b) if exact else torch.allclose(a.float(), b.float(), atol=1e-2, rtol=1e-2), name
 
@@ -177,7 +178,7 @@ def _experts(received: Received, scale_E: Tensor) -> Tensor:
     assert received.act_probs_N is not None
     live_N = (place_N < received.offsets_L1[-1]).unsqueeze(1)
     rows = torch.where(live_N, rows, 0.0)  # the tail is not written
-    return torch.tanh(rows * scale_E[expert_N, None]) * received.act_probs_N[:, None].to(rows.dtype)
+    return (torch.tanh(rows * scale_E[expert_N, None]) * received.act_probs_N[:, None]).to(rows.dtype)
 
 
 def graph_case(context: ParallelContext, device: str) -> str:
