@@ -98,7 +98,8 @@ __device__ __forceinline__ PartRow part_row(const Forward& p, int block) {
 inline bool lean_fits(const Forward& p, bool keyed) {
   const bool score = p.score == kSigmoid || (p.score == kSoftmax && !keyed);
   return p.vector && p.experts <= 512 && p.top_k <= 16 && score && p.cu_seqlens.data == nullptr && p.probs == nullptr &&
-         p.scores == nullptr && p.map_format == kNoMap && (p.groups == 0 || p.group_chunked);
+         p.scores == nullptr && p.map_format == kNoMap &&
+         (p.groups == 0 || (p.group_chunked && p.group_size <= (p.experts <= 256 ? 64 : 128)));
 }
 
 // Launches a kernel that begins with cudaGridDependencySynchronize(): from sm_90 on beside the kernel before it in the stream

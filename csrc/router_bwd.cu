@@ -18,32 +18,47 @@ struct Row {
   bool inside, live;
 };
 
+// Id of a slot and the gradient of its weight, as they lie in memory.
+struct SlotLoad {
+  int id = -1;
+  float gradient = 0.0f;
+};
+
+__device__ __forceinline__ SlotLoad load_slot(const Backward& p, const Row& at, int slot) {
+  SlotLoad s;
+  if (!at.inside || slot >= p.top_k) return s;
+  const int64_t index = at.row * p.top_k + slot;
+  s.id = p.ids[index];
+  if (p.d_weights.data != nullptr) s.gradient = load_float(p.d_weights, index);
+  return s;
+}
+
 // Gradient of weight `slot`, times the scale; 0 where the recorded weight was used, which has no gradient.
-__device__ __forceinline__ float slot_gradient(const Backward& p, int64_t row, int slot, int id) {
-  const int64_t at = row * p.top_k + slot;
-  float g = p.d_weights.data != nullptr ? load_float(p.d_weights, at) : 0.0f;
-  if (p.d_probs.data != nullptr) g += load_float(p.d_probs, row * p.experts + id);
-  if (p.replay.data != nullptr && load_id(p.replay, at, p.experts) == id) g = 0.0f;
+__device__ __forceinline__ float slot_gradient(const Backward& p, int64_t row, int slot, const SlotLoad& s) {
+  float g = s.gradient;
+  if (p.d_probs.data != nullptr) g += load_float(p.d_probs, row * p.experts + s.id);
+  if (p.replay.data != nullptr && load_id(p.replay, row * p.top_k + slot, p.experts) == s.id) g = 0.0f;
   return g * p.scale;
 }
 
 // Adds the K slots' contributions to `stage` (this row's [E] floats, zeroed). Returns sum(g * p) of "pre" softmax, else 0.
 template <int L>
 __device__ __forceinline__ float stage_slots(
-    const Backward& p, const Row& at, float max, float inverse, float* values, float* stage) {
+    const Backward& p, const Row& at, const SlotLoad& first, float max, float inverse, float* values, float* stage) {
   const int32_t* ids = p.ids + at.row * p.top_k;
   float* grads = values + p.top_k;
   float top = -INFINITY;
   for (int slot = at.gl; slot < p.top_k; slot += L) {
-    const int id = at.live ? ids[slot] : -1;
-    values[slot] = id >= 0 ? load_float(p.logits, at.row * p.experts + id) : -INFINITY;
-    grads[slot] = id >= 0 ? slot_gradient(p, at.row, slot, id) : 0.0f;
+    const SlotLoad s = slot < L ? first : load_slot(p, at, slot);
+    const bool used = at.live && s.id >= 0;
+    values[slot] = used ? load_float(p.logits, at.row * p.experts + s.id) : -INFINITY;
+    grads[slot] = used ? slot_gradient(p, at.row, slot, s) : 0.0f;
     top = fmaxf(top, values[slot]);
   }
   if (p.weight_rule == kOverChosen) top = row_max<L>(top);
   float sum = 0.0f, dot = 0.0f;
   for (int slot = at.gl; slot < p.top_k; slot += L) {
-    const int id = at.live ? ids[slot] : -1;
+    const int id = !at.live ? -1 : slot < L ? first.id : ids[slot];
     float y = 0.0f;
     if (id >= 0) {
       if (p.weight_rule == kOverChosen) {
@@ -71,7 +86,7 @@ __device__ __forceinline__ float stage_slots(
     rest = row_sum<L>(rest);
   }
   for (int slot = at.gl; slot < p.top_k; slot += L) {
-    const int id = at.live ? ids[slot] : -1;
+    const int id = !at.live ? -1 : slot < L ? first.id : ids[slot];
     if (id < 0) continue;
     const float g = grads[slot];
     float out;
@@ -223,10 +238,13 @@ __global__ void __launch_bounds__(
        tile += static_cast<int64_t>(gridDim.x) * kWarps) {
     at.row = tile * kRows + group;
     at.inside = at.row < p.tokens;
-    at.live = at.inside && p.ids[at.row * p.top_k] >= 0;
+    // All loads of the tile are on their way before the first one is waited for: the row of a token that is not valid too.
+    const int id_of_row = at.inside ? p.ids[at.row * p.top_k] : -1;
+    const SlotLoad first_slot = slots ? load_slot(p, at, at.gl) : SlotLoad{};
     float x[C * 8];
     RowSums s;
-    if constexpr (KIND != kSparse) load_row<L, C>(p.logits, p.vector, at.row, at.live, p.experts, at.gl, kPad, x);
+    if constexpr (KIND != kSparse) load_row<L, C>(p.logits, p.vector, at.row, at.inside, p.experts, at.gl, kPad, x);
+    at.live = id_of_row >= 0;
 #pragma unroll
     for (int c = 0; c < C; ++c) {
       float4* mine = reinterpret_cast<float4*>(stage + 8 * (c * L + at.gl));
@@ -235,7 +253,7 @@ __global__ void __launch_bounds__(
     __syncwarp();
     if constexpr (KIND == kDenseSoftmax) softmax_sums<L, C>(x, x, s);
     const bool staged = KIND == kDenseSoftmax && slots && p.weight_rule == kPreSoftmax;
-    const float through = slots ? stage_slots<L>(p, at, s.max, s.inverse, values, stage) : 0.0f;
+    const float through = slots ? stage_slots<L>(p, at, first_slot, s.max, s.inverse, values, stage) : 0.0f;
     __syncwarp();
     if constexpr (KIND == kDenseSoftmax) dense_softmax<L, C>(p, at, s, scores, staged, through, stage, x);
     if constexpr (KIND == kDenseScore) dense_score<L, C>(p, at, scores, x);

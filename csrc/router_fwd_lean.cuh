@@ -213,9 +213,9 @@ __global__ void __launch_bounds__(THREADS, 1) lean_kernel(const __grid_constant_
   if (p.aux != kNoAux) store_score_sums<L, C, THREADS>(p, sums, reinterpret_cast<float*>(shared), part.score_sum);
 }
 
-template <int L, int MODE, int THREADS>
+template <int L, int C, int MODE, int THREADS>
 void launch_lean(Forward args, int sms, cudaStream_t stream) {
-  using Lay = Layout<L, 2>;
+  using Lay = Layout<L, C>;
   constexpr int kWarps = THREADS / kWarp;
   LeanShape shape = {Lay::kRows, 1};
   while (shape.slot_lanes < args.top_k) shape.slot_lanes *= 2;
@@ -223,11 +223,11 @@ void launch_lean(Forward args, int sms, cudaStream_t stream) {
   const int together = kWarp / shape.slot_lanes < 8 ? kWarp / shape.slot_lanes : 8;
   if (together > shape.rows && args.tokens >= static_cast<int64_t>(together) * kWarps * sms / 2) shape.rows = together;
   args.warp_words = lean_words(args, shape, MODE == kSigmoidKeyed);
-  const int terms = kWarps * kWarp * 16 + THREADS;  // store_score_sums
+  const int terms = THREADS * C * 8 + THREADS;  // store_score_sums
   args.block_words = round_up(args.warp_words * kWarps > terms ? args.warp_words * kWarps : terms, 4);
   const int64_t bytes =
       4ll * (args.block_words + (args.live_apart ? 2 : 1) * args.experts + (MODE == kSigmoidKeyed ? Lay::kBucket : 0));
-  auto kernel = lean_kernel<L, 2, MODE, THREADS>;
+  auto kernel = lean_kernel<L, C, MODE, THREADS>;
   allow_shared_memory(kernel, bytes);
   const int64_t tiles = ceil_div<int64_t>(args.tokens, shape.rows);
   const int blocks = lean_blocks(args, sms);
@@ -238,12 +238,13 @@ void launch_lean(Forward args, int sms, cudaStream_t stream) {
 
 template <int MODE, int THREADS>
 void launch_lean_lanes(const Forward& args, int sms, cudaStream_t stream) {
-  switch (lanes_for(args.experts)) {
-    case 4: return launch_lean<4, MODE, THREADS>(args, sms, stream);
-    case 8: return launch_lean<8, MODE, THREADS>(args, sms, stream);
-    case 16: return launch_lean<16, MODE, THREADS>(args, sms, stream);
-    default: return launch_lean<32, MODE, THREADS>(args, sms, stream);
-  }
+  const int experts = args.experts;
+  if (experts <= 64) return launch_lean<4, 2, MODE, THREADS>(args, sms, stream);
+  if (experts <= 128) return launch_lean<8, 2, MODE, THREADS>(args, sms, stream);
+  // 32 values a lane: the fewer lanes share a row, the fewer steps a selection takes. 64 would not fit the registers.
+  constexpr int kHalf = THREADS <= 512 ? 1 : 2;
+  if (experts <= 256) return launch_lean<8 * kHalf, 4 / kHalf, MODE, THREADS>(args, sms, stream);
+  return launch_lean<16 * kHalf, 4 / kHalf, MODE, THREADS>(args, sms, stream);
 }
 
 // 16 or 32 warps: either way the rows of 16384 tokens divide evenly over 132 SMs. MOE_ROUTER_THREADS goes when one is chosen.

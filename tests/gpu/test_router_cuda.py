@@ -116,7 +116,8 @@ def test_gradient_of_saturated_rows(name: str, names: tuple[str, ...]) -> None:
     ids = {"replay_ids": ours.ids.cpu()}
     d_narrow = run(logits, bias, given, grads, **ids)[1].double()
     d_wide = run(logits.double(), bias, given, grads, **ids)[1]
-    scale = d_wide.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
+    # Below 1e-8 the rounding of what the correction adds up shows (ulp of an ulp of the upstream gradient).
+    scale = d_wide.abs().amax(dim=1, keepdim=True).clamp(min=1e-8)
     error, narrow = (((d - d_wide).abs() / scale).max() for d in (d_ours.double().cpu(), d_narrow))
     assert error <= max(2 * float(narrow), 1e-5), f"relative error of a row {error:.2e}, the CPU's {narrow:.2e}"
 
