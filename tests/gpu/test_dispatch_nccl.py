@@ -36,11 +36,11 @@ def same_bits() -> list[str]:
     """Names of the combinations that were compared on this rank's own reference run."""
     context = _context(20.0)
     done = []
-    for backend in ("all_to_all", "all_gather", "replicated"):
+    for backend, domain in (("all_to_all", None), ("all_to_all", 1), ("all_gather", None), ("replicated", None)):
         for apply_probs in ("activation", "combine", "source"):
             for rows in ("expert_major", "compact"):
                 case = _on(make_case(3, T=26, D=16, E=16, K=4), f"cuda:{context.ep_rank}")
-                config = DispatchConfig(backend=backend, apply_probs=apply_probs, rows=rows)
+                config = DispatchConfig(backend=backend, apply_probs=apply_probs, rows=rows, p2p_world_size=domain)
                 mine = run_case(case, config, context)
                 moved = [dataclasses.asdict(mine)[name].cpu() for name in ("y", "dx", "dw", "d_experts")]
                 every: list = [None, None]
@@ -49,7 +49,7 @@ def same_bits() -> list[str]:
                 want = run_case(case, DispatchConfig(apply_probs=apply_probs, rows=rows))
                 want = type(want)(want.y.cpu(), want.dx.cpu(), want.dw.cpu(), want.d_experts.cpu())
                 assert_same_bits(whole, want)
-                done.append(f"{backend} {apply_probs} {rows}")
+                done.append(f"{backend} {domain} {apply_probs} {rows}")
     context.close()
     return done
 
@@ -64,7 +64,7 @@ def pair() -> Iterator[Pool]:
 @needs_two
 def test_bits_of_one_gpu(pair: Pool) -> None:
     for done in pair.run(same_bits):
-        assert len(done) == 18
+        assert len(done) == 24
 
 
 @pytest.fixture(scope="module")

@@ -32,12 +32,18 @@ def make(mode: str, dtype: torch.dtype = torch.float64, **changes: Any) -> MoELa
     return layer
 
 
-def run(layer: MoELayer, tokens: int = T, valid: Tensor | None = None) -> dict[str, Tensor]:
+def inputs(layer: MoELayer, tokens: int) -> tuple[Tensor, Tensor]:
+    """x and the upstream gradient."""
     generator = torch.Generator().manual_seed(8)
     hidden, dtype = layer.config.hidden_size, layer.router.weight.dtype
-    x = torch.randn(tokens, hidden, generator=generator).to(dtype).requires_grad_()
+    x, upstream = (torch.randn(tokens, hidden, generator=generator).to(dtype) for _ in range(2))
+    return x.requires_grad_(), upstream
+
+
+def run(layer: MoELayer, tokens: int = T, valid: Tensor | None = None) -> dict[str, Tensor]:
+    x, upstream = inputs(layer, tokens)
     y = layer(x, valid=valid)
-    y.backward(torch.randn(tokens, hidden, generator=generator).to(dtype))
+    y.backward(upstream)
     found = {name: parameter.grad for name, parameter in layer.named_parameters()}
     return {"y": y.detach(), "dx": x.grad, **found}
 
@@ -156,6 +162,18 @@ def test_main_grad_of_every_weight() -> None:
     for name, owner in zip(NAMES, owners, strict=True):
         assert got[name] is None and owner.grad_added_to_main_grad
         torch.testing.assert_close(owner.main_grad, want[name] + 1, msg=name)
+
+
+def test_under_compile() -> None:
+    """A graph break around the grouped call, and the same bits."""
+    layer, want = make("packed", torch.float32), run(make("packed", torch.float32))
+    compiled = torch.compile(layer, backend="eager")
+    x, upstream = inputs(layer, T)
+    y = compiled(x)
+    y.backward(upstream)
+    assert torch.equal(y, want["y"]) and x.grad is not None and torch.equal(x.grad, want["dx"])
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None and torch.equal(parameter.grad, want[name]), name
 
 
 def test_frozen_weights_get_no_gradient() -> None:
