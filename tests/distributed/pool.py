@@ -28,8 +28,8 @@ class Pool:
         self._connections: list[Connection] = []
         self._store: Any = None
 
-    def run(self, fn: Callable[..., Any], *args: Any, timeout_s: float = 90.0) -> list[Any]:
-        """Results in rank order.
+    def run(self, fn: Callable[..., Any], *args: Any, timeout_s: float = 90.0, lost: int | None = None) -> list[Any]:
+        """Results in rank order. `lost`: the rank that `fn` kills or stops; its result is None, the pool starts afresh.
 
         Raises:
             AssertionError: a rank raised (with all tracebacks) or did not answer; the pool then starts afresh.
@@ -41,6 +41,9 @@ class Pool:
             connection.send_bytes(call)
         answers = []
         for rank, connection in enumerate(self._connections):
+            if rank == lost:
+                answers.append((None, None))
+                continue
             try:
                 if not connection.poll(timeout_s):
                     raise AssertionError(f"worker {rank} did not finish {fn.__qualname__} in {timeout_s} s")
@@ -49,8 +52,9 @@ class Pool:
                 self.close()
                 raise AssertionError(f"worker {rank} in {fn.__qualname__}: {error or 'the process ended'}") from error
         failed = [f"rank {rank}:\n{text}" for rank, (text, _) in enumerate(answers) if text is not None]
-        if failed:
+        if failed or lost is not None:
             self.close()
+        if failed:
             raise AssertionError("\n".join(failed))
         return [value for _, value in answers]
 

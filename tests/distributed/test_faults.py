@@ -1,4 +1,5 @@
-"""Sixteen injected faults over gloo: every survivor says who failed, where, in time (rules: scripts/faults.py)."""
+"""Injected faults over gloo, sixteen, and over nvlink's windows in shared memory, one of each kind: every survivor says
+who failed, where, in time (rules: scripts/faults.py)."""
 
 from __future__ import annotations
 
@@ -13,12 +14,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_every_survivor_reports() -> None:
-    command = [sys.executable, "scripts/faults.py", "--n", "16", "--deadline", "1", "--seed", "1", "--slack", "6"]
+@pytest.mark.parametrize(("backend", "n"), [("all_to_all", 16), ("nvlink", 8)])
+def test_every_survivor_reports(backend: str, n: int) -> None:
+    command = [sys.executable, "scripts/faults.py", "--n", str(n), "--deadline", "1", "--seed", "1", "--slack", "6"]
+    command += ["--backend", backend, "--jobs", "4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "faults: 16/16 injections reported by every survivor" in done.stdout
+    assert f"faults: {n}/{n} injections reported by every survivor" in done.stdout
 
 
 def test_bad_arguments() -> None:

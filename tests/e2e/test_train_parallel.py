@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ OPTIONS = {
 }
 
 
-def _arguments(folder: Path, out: Path, resume: Path | None, options: dict[str, float]) -> list[str]:
+def _arguments(folder: Path, out: Path, resume: Path | None, options: dict[str, Any]) -> list[str]:
     words = ["train", str(micro_yaml(folder)), "--out", str(out)]
     words += ["--resume", str(resume)] if resume else []
     return words + [f"{key}={value}" for key, value in (OPTIONS | options).items()]
@@ -43,7 +44,7 @@ def _one(folder: Path, out: Path, *, resume: Path | None = None, steps: int = 50
     assert main(_arguments(folder, out, resume, {"train.micro_batch": 8, "train.steps": steps})) == 0
 
 
-def _two(folder: Path, out: Path, *, resume: Path | None = None) -> str:
+def _two(folder: Path, out: Path, *, resume: Path | None = None, **options: Any) -> str:
     command = [
         sys.executable,
         "-m",
@@ -54,7 +55,7 @@ def _two(folder: Path, out: Path, *, resume: Path | None = None) -> str:
         "-m",
         "moe_layer",
     ]
-    command += _arguments(folder, out, resume, {"train.micro_batch": 4, "parallel.ep": 2})
+    command += _arguments(folder, out, resume, {"train.micro_batch": 4, "parallel.ep": 2} | options)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=110, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -118,6 +119,16 @@ def test_a_checkpoint_of_one_rank_continues_on_two(runs: tuple[Path, Path], tmp_
 def test_resume_on_two_ranks_is_bit_exact(runs: tuple[Path, Path], tmp_path: Path) -> None:
     middle = runs[1] / "checkpoints" / "step_00000030"
     _two(tmp_path, tmp_path / "run", resume=middle)
+    assert torch.equal(_losses(tmp_path / "run"), _losses(runs[1], first=31))
+    before, after = (_whole_tensors(run / "checkpoints" / "step_00000050") for run in (runs[1], tmp_path / "run"))
+    assert not [key for key in before if not torch.equal(before[key], after[key])]
+
+
+@pytest.mark.dist
+def test_nvlink_windows_give_the_same_run(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    """Resumed with another dispatcher (its windows in shared memory): losses and checkpoint bit for bit."""
+    options = {"moe.dispatch.backend": "nvlink", "moe.dispatch.max_tokens_per_rank": 128}
+    _two(tmp_path, tmp_path / "run", resume=runs[1] / "checkpoints" / "step_00000030", **options)
     assert torch.equal(_losses(tmp_path / "run"), _losses(runs[1], first=31))
     before, after = (_whole_tensors(run / "checkpoints" / "step_00000050") for run in (runs[1], tmp_path / "run"))
     assert not [key for key in before if not torch.equal(before[key], after[key])]
