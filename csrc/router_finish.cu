@@ -34,6 +34,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant_
   __shared__ int counts[kWarps][kWarp], aux_counts[kWarps][kWarp];
   __shared__ double sums[kWarps][kWarp];
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();  // the losses' kernel may get ready
   cudaGridDependencySynchronize();
 #endif
   if (blockIdx.x == gridDim.x - 1) return finish_scalars(p, parts);

@@ -89,6 +89,10 @@ __global__ void __launch_bounds__(THREADS, 1) lean_kernel(const __grid_constant_
     // With forced ids the selection serves the slots that are missing, and without bias and groups the aux loss.
     bool fill = true, wanted = true;
     if (p.replay.data != nullptr) {
+      // The forced ids decide what is done with the logits: both are fetched at once.
+      const int64_t row_bytes = static_cast<int64_t>(p.experts) * (p.logits.kind == kF32 ? 4 : 2);
+      const int64_t rows = p.tokens - first_row < shape.rows ? p.tokens - first_row : shape.rows;
+      prefetch_bytes(static_cast<const char*>(p.logits.data) + first_row * row_bytes, rows * row_bytes);
       fill = read_forced(p, shape, first_row, forced, replayed, events);
       wanted = fill || (!kKeyed && p.live_apart);
     }
