@@ -1,10 +1,8 @@
 // Sum of a token's expert rows in the fixed tree of moe_layer/ops/tree_reduce.py, whose twin this is (tree.cuh).
 //
-// The fast kernel gives each warp one token and 32 x 16 bytes of the hidden dimension; it needs no shared memory and no
-// barrier, so many tokens' loads are in flight at once (one block a token spent three quarters of its time in the
-// prologue: 137 us for 4096 tokens of 8 x 2048 on an H200, where the copy takes 32). The warp ranks the token's slots by
-// (expert, slot) with shuffles, then walks them with a stack of partial sums in registers: a slot of the block on top is
-// added to it; a slot of a new block first joins the subtrees that are complete. All lanes take the same branches.
+// The fast kernel gives each warp one token and 32 x 16 bytes of the hidden dimension and needs no barrier, so many tokens'
+// copies are in flight at once. Sums are short and regular on purpose: a walk with a stack of partial sums in registers
+// was bound by its instructions (256 us for 16384 tokens of 8 x 2048 on an H200, where the copy takes 143).
 
 #include "tree.cuh"
 
@@ -12,7 +10,6 @@ namespace moe_layer {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kAhead = 4;  // rows in flight per lane before the first addition
 
 struct TreeArgs {
   const void* rows;
@@ -48,7 +45,8 @@ __device__ __forceinline__ void store(const TreeArgs& args, float (&sum)[V], int
 }
 
 template <typename T, typename TOut, int V>
-__global__ void __launch_bounds__(kThreads, 5) tree_reduce_warp_kernel(TreeArgs args, int pieces) {
+__global__ void __launch_bounds__(kThreads) tree_reduce_warp_kernel(TreeArgs args, int pieces) {
+  extern __shared__ __align__(16) unsigned char stages[];
   const int lane = threadIdx.x % kWarp, K = args.slots;
   const int64_t item = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   const int64_t m = item / pieces;
@@ -63,14 +61,16 @@ __global__ void __launch_bounds__(kThreads, 5) tree_reduce_warp_kernel(TreeArgs 
     if (args.weights_MK != nullptr) weight = args.weights_MK[m * K + lane];
   }
   // An index outside the rows would be an illegal read; it counts as absent.
-  const SlotOrder order = order_slots(row >= 0 && row < args.num_rows, id, K, args.blocks, args.num_experts);
+  const bool present = row >= 0 && row < args.num_rows;
   const T* rows = static_cast<const T*>(args.rows) + d;
   const bool inside = d < args.hidden;
   auto row_of = [&](int slot) {
     return rows + static_cast<int64_t>(__shfl_sync(0xffffffffu, row, slot)) * args.hidden;
   };
   float sum[V];
-  warp_tree_sum<T, V, 4, kAhead>(order, args.weights_MK != nullptr, weight, inside, row_of, sum);
+  staged_tree_sum<T, V>(
+      stages + threadIdx.x / kWarp * staged_tree_bytes(K), present, id, weight, args.weights_MK != nullptr, K,
+      args.blocks, args.num_experts, inside, row_of, sum);
   if (inside) store<T, TOut, V>(args, sum, m * args.hidden + d);
 }
 
@@ -123,7 +123,14 @@ void launch(const TreeArgs& args, cudaStream_t stream) {
     const int pieces = ceil_div(args.hidden, kVector * kWarp);
     const int64_t grid = ceil_div<int64_t>(args.tokens * pieces, kThreads / kWarp);
     STD_TORCH_CHECK(grid <= INT32_MAX, "tree_reduce: ", args.tokens, " tokens need more than 2^31 blocks");
-    tree_reduce_warp_kernel<T, TOut, kVector><<<static_cast<int>(grid), kThreads, 0, stream>>>(args, pieces);
+    const int64_t shared = staged_tree_bytes(args.slots) * (kThreads / kWarp);
+    const auto kernel = tree_reduce_warp_kernel<T, TOut, kVector>;
+    allow_shared_memory(kernel, shared);
+    // Rows pass L1 by: all of it may be shared memory, which decides how many blocks fit.
+    STD_CUDA_CHECK(cudaFuncSetAttribute(
+        reinterpret_cast<const void*>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout,
+        cudaSharedmemCarveoutMaxShared));
+    kernel<<<static_cast<int>(grid), kThreads, shared, stream>>>(args, pieces);
   } else {
     const int64_t shared = static_cast<int64_t>(args.slots) * 4 * sizeof(int32_t);
     STD_TORCH_CHECK(args.tokens <= INT32_MAX, "tree_reduce: ", args.tokens, " tokens need more than 2^31 blocks");
