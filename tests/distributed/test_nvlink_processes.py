@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from moe_layer.config.model import DispatchConfig
 from moe_layer.dispatch import make_dispatcher
 from moe_layer.errors import DispatchTimeout
-from moe_layer.ops import ep
+from moe_layer.ops import ep, ep_model
 from moe_layer.parallel import compat, parallelize
 from moe_layer.parallel.context import ParallelContext
 from moe_layer.types import Routing
@@ -114,7 +114,7 @@ def half_a_send(how: int, phase: str) -> tuple[str, float, list[bool], str]:
     settings = config_for("nvlink", deadline_s=DEADLINE_S)
     run_case(case, settings, context)
     dispatcher = make_dispatcher(settings, num_experts=8, top_k=3, context=context)
-    send_rows, outputs = ep._Trip.send_rows, []
+    send_rows, outputs = ep_model.Trip.send_rows, []
 
     def one_chunk(trip: Any, rows_of: Any, counts: list[int]) -> None:
         if context.ep_rank == VICTIM and trip.words["phase"] == ("dispatch", "combine").index(phase):
@@ -130,7 +130,7 @@ def half_a_send(how: int, phase: str) -> tuple[str, float, list[bool], str]:
 
         return call
 
-    ep._Trip.send_rows = one_chunk  # type: ignore[method-assign]
+    ep_model.Trip.send_rows = one_chunk  # type: ignore[method-assign]
     take, home = ep.ep_take, ep.ep_home
     ep.ep_take, ep.ep_home = noted(take), noted(home)
     routing = Routing.from_ids(case.ids_TK[mine], case.w_TK[mine], num_experts=8)
@@ -143,7 +143,7 @@ def half_a_send(how: int, phase: str) -> tuple[str, float, list[bool], str]:
             except DispatchTimeout as error:
                 errors.append((str(error), time.monotonic() - began))
     finally:
-        ep._Trip.send_rows, ep.ep_take, ep.ep_home = send_rows, take, home  # type: ignore[method-assign]
+        ep_model.Trip.send_rows, ep.ep_take, ep.ep_home = send_rows, take, home  # type: ignore[method-assign]
     return *errors[0], [bool(out.isnan().all()) for out in outputs], errors[1][0]
 
 
