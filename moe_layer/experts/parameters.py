@@ -155,13 +155,15 @@ class Experts(nn.Module):
         """Compile what the backend compiles at first use, for every number of rows (quack; nothing for the others).
 
         Args:
-            dtype: of the GEMMs (default: the parameters').
+            dtype: of the GEMMs (default: autocast's where it is on, else the parameters').
 
         Raises:
             ValueError: the configured backend cannot run here.
         """
         gate_up, down = local_part(self.gate_up_proj).detach(), local_part(self.down_proj).detach()
-        dtype = gate_up.dtype if dtype is None else dtype
+        if dtype is None:
+            kind = gate_up.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else gate_up.dtype
         if gate_up.is_meta or self._backend(gate_up.device, dtype) != "quack":
             return
         main_grads = any(getattr(p, "main_grad", None) is not None for p in (self.gate_up_proj, self.down_proj))

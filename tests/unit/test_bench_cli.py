@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_layer.cli import main
-from moe_layer.observe import bench
+from moe_layer.observe import bench, bench_plot
 
 
 def test_every_named_script_exists() -> None:
@@ -66,3 +66,27 @@ def test_replay_writes_a_row(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     assert row["replay_of_router"] == pytest.approx(ms["router, replay"] / ms["router"] - 1, abs=1e-2)
     assert (row["host_bytes_per_token"], row["format_bytes_per_token"]) == (4, 5)
     assert row["trace_bytes_per_token"] == 5 < row["file_bytes_per_token"]
+
+
+def test_plot_draws_the_last_row_of_each_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"shape": "a", "ms": {"gemms": 9.0, "graph": 9.0}},
+        {"shape": "a", "ms": {"gemms": 2.0, "graph": 2.5, "sonic_eager": 4.0}},
+        {"shape": "a", "routing": "zipf", "ms": {"gemms": 2.0, "graph": 2.6}},
+        {"shape": "a", "what": "main_grad", "ms": {"bf16": 1.0}},
+    ]
+    file = tmp_path / "layer.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = bench_plot.latest_rows(file)
+    assert list(found) == ["a", "a (zipf)"] and found["a"]["ms"]["graph"] == 2.5
+    pytest.importorskip("matplotlib")
+    assert main(["plot", str(file)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "layer.png")
+    assert (tmp_path / "layer.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_plot_of_another_file_says_what_to_give(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"shape": "a"}\n')
+    assert main(["plot", str(file)]) == 2
+    assert "no row of `moe-layer bench layer`" in capsys.readouterr().err
