@@ -144,12 +144,23 @@ def _run(command: list[str], what: str) -> None:
         print(f"{what}:\n{text}", flush=True)
 
 
+def read_with_headers(source: Path) -> list[bytes]:
+    """Contents of a source and of the csrc headers that it includes, directly or not."""
+    seen, todo = {source: source.read_bytes()}, [source]
+    while todo:
+        for name in re.findall(rb'^#include "([^"]+)"', seen[todo.pop()], re.M):
+            header = CSRC / name.decode()
+            if header not in seen and header.exists():
+                seen[header] = header.read_bytes()
+                todo.append(header)
+    return [seen[path] for path in sorted(seen)]
+
+
 def compile_all(toolkit: Toolkit, torch: TorchInstall, archs: list[str], build_dir: Path, jobs: int) -> list[Path]:
-    """Compile every source in parallel; an object is reused while source, headers and flags are the same."""
+    """Compile every source in parallel; an object is reused while source, its headers and flags are the same."""
     build_dir.mkdir(parents=True, exist_ok=True)
     version = re.search(r'"([^"]+)"', (ROOT / "moe_layer/_version.py").read_text().split("__version__", 1)[1])
     common = flags(torch, archs)
-    headers = b"".join(path.read_bytes() for path in sorted(CSRC.glob("*.cuh")))
     launcher = [ccache] if (ccache := shutil.which("ccache")) else []
 
     def compile_one(source: Path) -> Path:
@@ -159,7 +170,7 @@ def compile_all(toolkit: Toolkit, torch: TorchInstall, archs: list[str], build_d
             # nvcc splits option values at commas, hence the underscores
             extra = [f"-DMOE_LAYER_{key}={value}" for key, value in names.items()]
         options = [flag for flag in common + extra if not flag.startswith("-I")]  # objects serve another checkout too
-        identity = f"{toolkit.version} {torch.version} {options}".encode() + headers + source.read_bytes()
+        identity = f"{toolkit.version} {torch.version} {options}".encode() + b"".join(read_with_headers(source))
         target = build_dir / f"{source.stem}-{hashlib.sha256(identity).hexdigest()[:16]}.o"
         if not target.exists():
             start, partial = time.monotonic(), target.with_suffix(f".{os.getpid()}.tmp.o")
