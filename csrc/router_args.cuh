@@ -30,6 +30,8 @@ struct Forward {
   int map_format;
   void* weights;  // fp32, or fp64 for fp64 logits; likewise scores, score_sum, z_sum
   int32_t* ids;
+  void* id_buffer;  // null, or the caller's copy of the ids
+  int id_buffer_kind;
   int32_t* counts;
   int32_t* aux_counts;
   int32_t* events;
@@ -127,6 +129,7 @@ void launch_forward_keyed(const Forward& args, int blocks, cudaStream_t stream, 
 void launch_lean_plain(const Forward& args, int sms, cudaStream_t stream);
 void launch_lean_keyed(const Forward& args, int sms, cudaStream_t stream);
 void launch_finish(const Forward& args, int parts, cudaStream_t stream);
+void launch_copy_ids(const IntArray& ids, int64_t numel, void* out, int out_kind, int sms, cudaStream_t stream);
 void launch_forward_generic(const Forward& args, int blocks, cudaStream_t stream);
 void launch_backward_rows(const Backward& args, int sms, cudaStream_t stream);
 void launch_backward_generic(const Backward& args, int blocks, cudaStream_t stream);

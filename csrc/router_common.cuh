@@ -92,6 +92,14 @@ __device__ __forceinline__ void store_float(void* data, int kind, int64_t i, flo
   }
 }
 
+__device__ __forceinline__ void store_int(void* data, int kind, int64_t i, int v) {
+  switch (kind) {
+    case kI16: static_cast<int16_t*>(data)[i] = static_cast<int16_t>(v); return;
+    case kI32: static_cast<int32_t*>(data)[i] = v; return;
+    default: static_cast<int64_t*>(data)[i] = v; return;
+  }
+}
+
 __device__ __forceinline__ uint32_t narrow_pair(int kind, float a, float b) {
   if (kind == kBF16) {
     const __nv_bfloat162 two = __floats2bfloat162_rn(a, b);

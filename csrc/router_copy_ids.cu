@@ -1,6 +1,6 @@
 // moe_layer::copy_ids on CUDA: integer ids into a caller's int16, int32 or int64 buffer; capturable, no allocation.
 
-#include "router_common.cuh"
+#include "router_args.cuh"
 
 namespace moe_layer::router {
 namespace {
@@ -38,19 +38,25 @@ void copy_ids(const Tensor& ids_any, Tensor out) {
   const int64_t numel = ids.numel();
   if (numel == 0) return;  // a grid of zero blocks is a launch error
   const IntArray source = {ids.const_data_ptr(), kind_of(ids.scalar_type(), "ids")};
-  const int64_t needed = ceil_div<int64_t>(numel, kThreads), most = 8ll * sm_count(ids.get_device_index());
+  const int out_kind = kind_of(out.scalar_type(), "out");
+  STD_TORCH_CHECK(out_kind == kI16 || out_kind == kI32 || out_kind == kI64, "out must be int16, int32 or int64");
+  const int sms = sm_count(ids.get_device_index());
+  launch_copy_ids(source, numel, out.mutable_data_ptr(), out_kind, sms, current_stream(ids));
+}
+
+}  // namespace
+
+void launch_copy_ids(const IntArray& ids, int64_t numel, void* out, int out_kind, int sms, cudaStream_t stream) {
+  const int64_t needed = ceil_div<int64_t>(numel, kThreads), most = 8ll * sms;
   const int blocks = static_cast<int>(needed < most ? needed : most);
-  const cudaStream_t stream = current_stream(ids);
-  switch (kind_of(out.scalar_type(), "out")) {
-    case kI16: copy_ids_kernel<<<blocks, kThreads, 0, stream>>>(source, numel, out_ptr<int16_t>(out)); break;
-    case kI32: copy_ids_kernel<<<blocks, kThreads, 0, stream>>>(source, numel, out_ptr<int32_t>(out)); break;
-    case kI64: copy_ids_kernel<<<blocks, kThreads, 0, stream>>>(source, numel, out_ptr<int64_t>(out)); break;
-    default: STD_TORCH_CHECK(false, "out must be int16, int32 or int64");
+  switch (out_kind) {
+    case kI16: copy_ids_kernel<<<blocks, kThreads, 0, stream>>>(ids, numel, static_cast<int16_t*>(out)); break;
+    case kI32: copy_ids_kernel<<<blocks, kThreads, 0, stream>>>(ids, numel, static_cast<int32_t*>(out)); break;
+    default: copy_ids_kernel<<<blocks, kThreads, 0, stream>>>(ids, numel, static_cast<int64_t*>(out)); break;
   }
   MOE_LAUNCH_CHECK();
 }
 
-}  // namespace
 }  // namespace moe_layer::router
 
 STABLE_TORCH_LIBRARY_IMPL(moe_layer, CUDA, m) { m.impl("copy_ids", TORCH_BOX(&moe_layer::router::copy_ids)); }

@@ -136,12 +136,13 @@ int64_t words(const Tensor& t, int64_t bytes_per_element) { return t.numel() * b
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Outputs route_topk(
-    const Tensor& logits_any, std::optional<Tensor> expert_bias, std::optional<Tensor> replay_ids,
-    std::optional<Tensor> replay_weights, std::optional<Tensor> valid, std::optional<Tensor> cu_seqlens, int64_t top_k,
-    std::string score_function, std::string softmax_order, bool renormalize, double scaling_factor, int64_t num_groups,
-    int64_t group_topk, std::string group_rule, std::string weights_mode, std::string aux_counts, bool want_z,
-    bool want_probs, bool want_scores, std::string map_format) {
+Outputs forward(
+    std::optional<Tensor> id_buffer, const Tensor& logits_any, std::optional<Tensor> expert_bias,
+    std::optional<Tensor> replay_ids, std::optional<Tensor> replay_weights, std::optional<Tensor> valid,
+    std::optional<Tensor> cu_seqlens, int64_t top_k, std::string score_function, std::string softmax_order,
+    bool renormalize, double scaling_factor, int64_t num_groups, int64_t group_topk, std::string group_rule,
+    std::string weights_mode, std::string aux_counts, bool want_z, bool want_probs, bool want_scores,
+    std::string map_format) {
   STD_TORCH_CHECK(logits_any.is_cuda() && logits_any.dim() == 2, "logits must be a CUDA tensor [T, E]");
   const DeviceGuard guard(logits_any.get_device_index());
   const Tensor logits = logits_any.is_contiguous() ? logits_any : torch::stable::contiguous(logits_any);
@@ -229,6 +230,12 @@ Outputs route_topk(
   p.scores = want_scores ? scores.mutable_data_ptr() : nullptr;
   p.map = p.map_format == kNoMap ? nullptr : static_cast<uint8_t*>(map.mutable_data_ptr());
   p.score_sum = score_sum.mutable_data_ptr(), p.z_sum = z_sum.mutable_data_ptr();
+  if (id_buffer) {
+    check_shape(*id_buffer, "id_buffer", logits, {T, top_k});
+    STD_TORCH_CHECK(id_buffer->is_contiguous(), "id_buffer must be contiguous; pass a contiguous tensor");
+    p.id_buffer = id_buffer->mutable_data_ptr(), p.id_buffer_kind = int_kind(*id_buffer, "id_buffer");
+    STD_TORCH_CHECK(p.id_buffer_kind >= kI16, "id_buffer must be int16, int32 or int64");
+  }
 
   const cudaStream_t stream = current_stream(logits);
   int major = 0;
@@ -260,8 +267,34 @@ Outputs route_topk(
       const int blocks = static_cast<int>(tiles < sms ? tiles : sms);
       (keyed ? launch_forward_keyed : launch_forward_plain)(p, blocks, stream, overlap);
     }
+    if (id_buffer) launch_copy_ids({p.ids, kI32}, T * top_k, p.id_buffer, p.id_buffer_kind, sms, stream);
   }
   return {weights, ids, counts, aux, score_sum, z_sum, events, probs, scores, map};
+}
+
+Outputs route_topk(
+    const Tensor& logits, std::optional<Tensor> expert_bias, std::optional<Tensor> replay_ids,
+    std::optional<Tensor> replay_weights, std::optional<Tensor> valid, std::optional<Tensor> cu_seqlens, int64_t top_k,
+    std::string score_function, std::string softmax_order, bool renormalize, double scaling_factor, int64_t num_groups,
+    int64_t group_topk, std::string group_rule, std::string weights_mode, std::string aux_counts, bool want_z,
+    bool want_probs, bool want_scores, std::string map_format) {
+  return forward(
+      std::nullopt, logits, expert_bias, replay_ids, replay_weights, valid, cu_seqlens, top_k, score_function,
+      softmax_order, renormalize, scaling_factor, num_groups, group_topk, group_rule, weights_mode, aux_counts, want_z,
+      want_probs, want_scores, map_format);
+}
+
+// The same, and the ids into the caller's buffer.
+Outputs route_topk_into(
+    const Tensor& logits, std::optional<Tensor> expert_bias, std::optional<Tensor> replay_ids,
+    std::optional<Tensor> replay_weights, std::optional<Tensor> valid, std::optional<Tensor> cu_seqlens,
+    Tensor id_buffer, int64_t top_k, std::string score_function, std::string softmax_order, bool renormalize,
+    double scaling_factor, int64_t num_groups, int64_t group_topk, std::string group_rule, std::string weights_mode,
+    std::string aux_counts, bool want_z, bool want_probs, bool want_scores, std::string map_format) {
+  return forward(
+      id_buffer, logits, expert_bias, replay_ids, replay_weights, valid, cu_seqlens, top_k, score_function,
+      softmax_order, renormalize, scaling_factor, num_groups, group_topk, group_rule, weights_mode, aux_counts, want_z,
+      want_probs, want_scores, map_format);
 }
 
 // ------------------------------------------------------------------------------------------------------------ backward
@@ -328,5 +361,6 @@ Tensor route_topk_bwd(
 
 STABLE_TORCH_LIBRARY_IMPL(moe_layer, CUDA, m) {
   m.impl("route_topk", TORCH_BOX(&moe_layer::router::route_topk));
+  m.impl("route_topk_into", TORCH_BOX(&moe_layer::router::route_topk_into));
   m.impl("route_topk_bwd", TORCH_BOX(&moe_layer::router::route_topk_bwd));
 }

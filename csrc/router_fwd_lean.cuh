@@ -190,6 +190,7 @@ __global__ void __launch_bounds__(THREADS, 1) lean_kernel(const __grid_constant_
         const bool recorded = held >= 0 && p.recorded.data != nullptr;
         static_cast<float*>(p.weights)[out] = recorded ? load_float(p.recorded, out) : at.live ? y * p.scale : 0.0f;
         p.ids[out] = at.live ? id : -1;
+        if (p.id_buffer != nullptr) store_int(p.id_buffer, p.id_buffer_kind, out, at.live ? id : -1);
       }
       if (at.live) atomicAdd(&hist[id], 1);
     }

@@ -8,55 +8,22 @@ The order of a row: finite experts by descending key, then experts whose key is 
 expert id. The readable reference lives in `route_topk_select.py` and `route_topk_ref.py`; `csrc/router_*.cu` registers
 CUDA kernels for these two schemas. The schemas are settled; a change is announced here:
 
-* (none so far)
+* `route_topk_into` is `route_topk` with a buffer that takes the ids as well.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_layer.ops import route_topk_ref as ref
 from moe_layer.ops._call import call_plain
+from moe_layer.ops.copy_ids import check_id_buffer
 from moe_layer.ops.route_topk_check import check_arguments
+from moe_layer.ops.route_topk_result import NUM_EVENTS, RouteTopk
 from moe_layer.ops.route_topk_select import select, taken
-
-NUM_EVENTS = 8
-"""Events, over valid rows: rows with a replayed slot, slots replayed, slots missing (-1), duplicates, slots out of
-range, rows with a non-finite logit, 0, 0. The four slot counts add up to K * valid rows when ids are replayed."""
-
-
-class RouteTopk(NamedTuple):
-    """What `route_topk` returns; an output nobody asked for has zero elements.
-
-    Shapes keep the leading dimensions of the logits (`[..., K]`, `[..., E]`).
-
-    Attributes:
-        weights: fp32 (fp64), 0 where the id is -1.
-        ids: int32, -1 in rows that are not valid.
-        counts: int32 [E], slots per expert over valid rows.
-        aux_counts: int32 [S, E], per sequence, see `aux_counts` of `route_topk`.
-        score_sum: fp32 (fp64) [S, E], sum over valid tokens of the scores normalised over all E.
-        z_sum: fp32 (fp64) [1], sum over valid tokens of logsumexp(logits)^2.
-        events: int32 [8], see `NUM_EVENTS`.
-        probs: logits' dtype, the weights as a dense matrix.
-        scores: fp32 (fp64), scores normalised over all E, 0 in rows that are not valid.
-        map: bool [..., E], or uint8 [..., ceil(E/8)] with expert e at bit e%8 of byte e//8.
-    """
-
-    weights: Tensor
-    ids: Tensor
-    counts: Tensor
-    aux_counts: Tensor
-    score_sum: Tensor
-    z_sum: Tensor
-    events: Tensor
-    probs: Tensor
-    scores: Tensor
-    map: Tensor
-
 
 FORWARD_SCHEMA = (
     "(Tensor logits, Tensor? expert_bias, Tensor? replay_ids, Tensor? replay_weights, Tensor? valid,"
@@ -186,6 +153,32 @@ def _fake(
     )
 
 
+@torch.library.custom_op(
+    "moe_layer::route_topk_into",
+    mutates_args=("id_buffer",),
+    schema=FORWARD_SCHEMA.replace("Tensor? cu_seqlens,", "Tensor? cu_seqlens, Tensor(a!) id_buffer,"),
+)
+def _into_op(*tensors: Any, **options: Any) -> tuple[Tensor, ...]:
+    """`route_topk` that also writes the ids into the caller's buffer, in the same pass on CUDA; no autograd of its own,
+    because a custom op with autograd may not mutate its arguments."""
+    *inputs, id_buffer = tensors
+    outputs = _op._init_fn(*inputs, **options)
+    id_buffer.copy_(outputs[1])
+    return outputs
+
+
+@_into_op.register_fake
+def _into_fake(*tensors: Any, **options: Any) -> tuple[Tensor, ...]:
+    return _fake(*tensors[:-1], **options)
+
+
+def _call(tensors: tuple[Any, ...], options: dict[str, Any], id_buffer: Tensor | None) -> tuple[Tensor, ...]:
+    """The op below autograd, with or without a buffer."""
+    if id_buffer is None:
+        return call_plain(torch.ops.moe_layer.route_topk, *tensors, **options)
+    return call_plain(torch.ops.moe_layer.route_topk_into, *tensors, id_buffer, **options)
+
+
 @torch.library.custom_op("moe_layer::route_topk_bwd", mutates_args=(), schema=BACKWARD_SCHEMA)
 def _bwd_op(
     d_weights: Tensor | None,
@@ -271,13 +264,14 @@ class _EagerDoor(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         # No separate setup_context: with one, every apply() inspects this signature, which costs 0.1 ms.
-        output = call_plain(torch.ops.moe_layer.route_topk, *inputs[:-1], **inputs[-1])
-        _setup_context(ctx, inputs[:-1], inputs[-1], output)
+        *tensors, options, buffers = inputs
+        output = _call(tuple(tensors), options, *buffers)
+        _setup_context(ctx, tuple(tensors), options, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*_backward(ctx, *grads), None)
+        return (*_backward(ctx, *grads), None, None)
 
 
 def route_topk(
@@ -302,6 +296,7 @@ def route_topk(
     want_probs: bool = False,
     want_scores: bool = False,
     map_format: str = "none",
+    id_buffer: Tensor | None = None,
 ) -> RouteTopk:
     """Choose K of E experts for every token and weigh them; differentiable in `logits`.
 
@@ -324,6 +319,7 @@ def route_topk(
         aux_counts: "none", "live" (unbiased, ungrouped live top-k) or "effective" (the ids returned).
         want_z, want_probs, want_scores: ask for `z_sum`, `probs`, `scores`.
         map_format: "none", "bytemap" or "bitmap".
+        id_buffer: int16, int32 or int64 `[..., K]`, contiguous; the ids are written into it as well (recording).
 
     Raises:
         TypeError: a wrong dtype. ValueError: a wrong shape, device, size or name.
@@ -369,10 +365,16 @@ def route_topk(
         "want_scores": want_scores,
         "map_format": map_format,
     }
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and logits.requires_grad):
-        result = RouteTopk(*call_plain(torch.ops.moe_layer.route_topk, *tensors, **options))
+    if id_buffer is not None:
+        check_id_buffer(id_buffer, shape=(*lead, top_k), num_experts=logits.shape[-1], device=logits.device)
+    if torch.compiler.is_compiling():
+        result = RouteTopk(*torch.ops.moe_layer.route_topk(*tensors, **options))
+        if id_buffer is not None:
+            torch.ops.moe_layer.copy_ids(result.ids, rows(id_buffer))
+    elif torch.is_grad_enabled() and logits.requires_grad:
+        result = RouteTopk(*_EagerDoor.apply(*tensors, options, (rows(id_buffer),)))
     else:
-        result = RouteTopk(*_EagerDoor.apply(*tensors, options))
+        result = RouteTopk(*_call(tensors, options, rows(id_buffer)))
     if logits.ndim == 2:
         return result
     dense = {

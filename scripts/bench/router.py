@@ -3,7 +3,7 @@
 Every variant is captured in a CUDA graph of several calls over different logits (together larger than the L2 unless
 --warm) and the graphs are replayed in turn; the median time of a call is reported with the copy ceiling measured in the
 same run. `replay cost` is the forward with forced ids over the live one (--replay adds rows with missing slots),
-`record cost` the copy of the ids into an int16 buffer; `gate GEMM` is the product in front, with --hidden columns. A
+`record cost` the ids in an int16 buffer too; `gate GEMM` is the product in front, with --hidden columns. A
 peer that does not import is replaced by the eager and the compiled reference. Rows go to docs/benchmarks/router.jsonl
 (--output) with GPU, versions, git sha and shape.
 """
@@ -26,7 +26,6 @@ from moe_layer.ops import _ext
 from moe_layer.ops import batch_losses as losses_module
 from moe_layer.ops import route_topk as module
 from moe_layer.ops.batch_losses import batch_losses
-from moe_layer.ops.copy_ids import copy_ids
 from moe_layer.ops.route_topk import RouteTopk, route_topk
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -182,7 +181,7 @@ def variants(shape: Shape, inputs: Inputs, replay: bool) -> dict[str, Callable[[
         "forward, no losses": forward,
         "forward, effective": lambda i: forward(i, aux_counts="effective", want_z=True),
         "replayed": replayed,
-        "recorded": lambda i: copy_ids(whole(i).ids, buffer, num_experts=shape.experts),
+        "recorded": lambda i: whole(i, id_buffer=buffer),
         "backward": backward,
         "backward, weights only": lambda i: backward(i, (inputs.d_weights, None, None, None, None)),
     }

@@ -219,6 +219,7 @@ def test_same_bits_twice_and_under_a_graph(name: str, replayed: bool) -> None:
     for one, two in zip((*eager[0][0], eager[0][1]), (*eager[1][0], eager[1][1]), strict=True):
         assert torch.equal(one, two)
     static, buffer = first.clone().requires_grad_(), torch.empty(4099, top_k, dtype=torch.int16, device="cuda")
+    written = torch.empty(4099, top_k, dtype=torch.int64, device="cuda")
     cuda_grads = list(on("cuda", grads).values())
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -227,7 +228,7 @@ def test_same_bits_twice_and_under_a_graph(name: str, replayed: bool) -> None:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = route_topk(static, bias, **given)
+        out = route_topk(static, bias, **given, id_buffer=written)
         (d_logits,) = torch.autograd.grad([out.weights, out.score_sum, out.z_sum], static, cuda_grads)
         copy_ids(out.ids, buffer, num_experts=experts)
     for _ in range(3):
@@ -238,6 +239,20 @@ def test_same_bits_twice_and_under_a_graph(name: str, replayed: bool) -> None:
         for one, two in zip((*out, d_logits), (*eager[2][0], eager[2][1]), strict=True):
             assert torch.equal(one, two)
         assert torch.equal(buffer, eager[2][0].ids.to(torch.int16))
+        assert torch.equal(written, eager[2][0].ids.to(torch.int64))
+
+
+@pytest.mark.parametrize("outputs", [ALL, LOSSES], ids=["all", "losses"])
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("name", ["e8-k2", "e128-k8", "e256-k8-deepseek", "e40-k40-general"])
+def test_ids_into_a_buffer(name: str, dtype: torch.dtype, outputs: dict[str, Any]) -> None:
+    experts, options, with_bias = CASES[name]
+    for tokens in (0, 77):
+        logits, valid = logits_for(experts, tokens, torch.bfloat16).cuda(), torch.rand(tokens) < 0.8
+        buffer = torch.full((tokens, options["top_k"]), -9, dtype=dtype).cuda()
+        bias = on_cuda(bias_for(experts, with_bias))
+        out = route_topk(logits, bias, **options, **outputs, valid=valid.cuda(), id_buffer=buffer)
+        assert torch.equal(buffer, out.ids.to(dtype)) and (out.ids.cpu()[~valid] == -1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
