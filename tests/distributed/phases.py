@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,3 +89,32 @@ class PhaseRanks:
             d.check()
         parts = zip(ys, xs, ws, experts, strict=True)
         return [Result(y.detach(), x.grad, w.grad, e.grad) for y, x, w, e in parts]  # type: ignore[arg-type]
+
+
+def large_case(device: str, *, tokens: int, max_tokens: int, hidden: int, dtype: torch.dtype) -> None:
+    """Rank 0 sends `tokens` rows to rank 1's only expert, rank 1 sixteen to rank 0's; both get theirs back as they are.
+
+    The windows are as large as `max_tokens` says: on a CPU their pages exist only where somebody writes.
+    """
+    config = DispatchConfig(backend="nvlink", max_tokens_per_rank=max_tokens, ring_depth=1, deadline_s=30.0)
+    size = WindowSize(2, max_tokens, hidden * dtype.itemsize, 3, 1)
+    links = make_links(2, device, config.deadline_s)
+    memories = None
+    if device == "cpu":
+        memories = [torch.from_numpy(np.zeros(size.num_bytes, dtype=np.uint8)) for _ in links]
+    open_windows(size, links, memories)
+    ranks = [NvlinkDispatcher(config, num_experts=2, top_k=1, link=link) for link in links]
+    xs = [torch.empty(n, hidden, dtype=dtype, device=device).normal_() for n in (tokens, 16)]
+    routings = [
+        Routing.from_ids(
+            torch.full((x.shape[0], 1), 1 - r, device=device), torch.ones(x.shape[0], 1, device=device), num_experts=2
+        )
+        for r, x in enumerate(xs)
+    ]
+    with torch.no_grad():
+        sent = [d.dispatch_send(x, r) for d, x, r in zip(ranks, xs, routings, strict=True)]
+        received = [d.dispatch_recv(*half) for d, half in zip(ranks, sent, strict=True)]
+        assert torch.equal(received[1].rows, xs[0]) and torch.equal(received[0].rows, xs[1])
+        back = [d.combine_send(one.rows, one) for d, one in zip(ranks, received, strict=True)]
+        for d, half, x in zip(ranks, back, xs, strict=True):
+            assert torch.equal(d.combine_recv(*half), x)

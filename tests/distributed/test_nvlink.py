@@ -19,7 +19,7 @@ from moe_layer.ops import ep
 from moe_layer.parallel.context import ParallelContext
 from moe_layer.types import Routing
 from tests.distributed.cases import Case, apply_experts, assert_same_bits, joined, make_case, run_case
-from tests.distributed.phases import PhaseRanks
+from tests.distributed.phases import PhaseRanks, large_case
 from tests.distributed.ranks import ThreadRanks
 from tests.distributed.test_bits import _oracle
 
@@ -246,6 +246,11 @@ def test_a_wider_layer_makes_the_window_grow_once(ranks: ThreadRanks) -> None:
 
     for sizes in ranks.run(2, one, fresh=True):
         assert sizes[0] < sizes[1] == sizes[2] == sizes[3]
+
+
+def test_addresses_beyond_2_to_the_31() -> None:
+    """A window of 9 GB of which a few pages exist; the GPU test fills one."""
+    large_case("cpu", tokens=100, max_tokens=2**20 + 1000, hidden=512, dtype=torch.float32)
 
 
 # ---- disagreement and exceptions ------------------------------------------------------------------------------------

@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from moe_layer.config.model import DispatchConfig
 from moe_layer.dispatch import make_dispatcher
 from moe_layer.errors import DispatchTimeout
 from moe_layer.parallel import ParallelContext, clip_grad_norm, compat, parallelize, sync_gradients
 from moe_layer.parallel.fsdp import shard_rest
 from moe_layer.types import Routing
+from tests.distributed.cases import config_for
 from tests.distributed.test_parallelize import B, Model, config, data
 
 DEADLINE_S = 3.0
@@ -55,12 +55,12 @@ def gradients(model: Model, share: slice, *, average: bool, device: str) -> tupl
     return found, norm
 
 
-def fsdp_and_experts(rank: int, device: str) -> dict[str, float]:
+def fsdp_and_experts(rank: int, device: str, backend: str) -> dict[str, float]:
     """Relative errors of all gradients and of the norm against one process on the same device."""
     warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
     want, want_norm = gradients(Model(config()).to(device), slice(None), average=False, device=device)
     mesh = init_device_mesh(torch.device(device).type, (2,), mesh_dim_names=("ep",))
-    model = Model(config()).to(device)
+    model = Model(config(backend)).to(device)
     context = parallelize(model, mesh)
     shard_rest(model, mesh, modules=model.blocks)
     half = B // 2
@@ -73,8 +73,13 @@ def fsdp_and_experts(rank: int, device: str) -> dict[str, float]:
     return errors | {"norm": abs(norm - want_norm) / want_norm}
 
 
-def call_options(rank: int, device: str) -> list[str]:
-    """`num_tokens`, `out` and `x_scale` over two ranks, each against the plain call; names of what was compared."""
+def call_options(rank: int, device: str, backend: str) -> list[str]:
+    """`num_tokens`, `out` and `x_scale` over two ranks, each against the plain call; names of what was compared.
+
+    Two backends, in the run of the default one.
+    """
+    if backend != "auto":
+        return []
     store = compat.prefixed(compat.default_store(), "options")
     context = ParallelContext(dist.group.WORLD, ep_rank=rank, ep_size=2, device=device, store=store)
     T, D, E, K, pads, done = 24, 128, 8, 2, 5, []
@@ -85,10 +90,9 @@ def call_options(rank: int, device: str) -> list[str]:
     scale = x.abs().amax(1, keepdim=True) / 448.0
     x8 = (x / scale).to(torch.float8_e4m3fn)
     for backend in ("all_to_all", "nvlink"):
-        extra = {"max_tokens_per_rank": 64} if backend == "nvlink" else {}
         for rows in ("expert_major", "compact"):
-            config_ = DispatchConfig(backend=backend, rows=rows, deadline_s=20.0, **extra)
-            dispatcher = make_dispatcher(config_, num_experts=E, top_k=K, context=context)
+            settings = config_for(backend, rows=rows, deadline_s=20.0)
+            dispatcher = make_dispatcher(settings, num_experts=E, top_k=K, context=context)
 
             def run(n: int, dispatcher: Any = dispatcher, **options: Any) -> Tensor:
                 routing = Routing.from_ids(ids[:n], weights[:n], num_experts=E)
@@ -111,14 +115,15 @@ def call_options(rank: int, device: str) -> list[str]:
     return done
 
 
-def missing_rank(rank: int, device: str) -> tuple[str, float]:
+def missing_rank(rank: int, device: str, backend: str) -> tuple[str, float]:
     """Rank 1 stays away from a dispatch; rank 0's error and the seconds until it came."""
     timeout_s = DEADLINE_S + (1.0 if device == "cpu" else 30.0)  # as parallelize
     group = compat.new_group([0, 1], backend=None, timeout_s=timeout_s)
     store = compat.prefixed(compat.default_store(), "missing")
     context = ParallelContext(group, ep_rank=rank, ep_size=2, device=device, store=store, owned=(group,))
     sizes = {"num_experts": 8, "top_k": 2}
-    dispatcher = make_dispatcher(DispatchConfig(deadline_s=DEADLINE_S), context=context, layer_index=4, **sizes)
+    settings = config_for(backend, deadline_s=DEADLINE_S)
+    dispatcher = make_dispatcher(settings, context=context, layer_index=4, **sizes)
     routing = Routing.from_ids(
         torch.arange(12, device=device).view(6, 2) % 8, torch.ones(6, 2, device=device), num_experts=8
     )
@@ -134,7 +139,7 @@ def missing_rank(rank: int, device: str) -> tuple[str, float]:
     return "no error", time.monotonic() - began
 
 
-def _rank(rank: int, folder: str, device_type: str, results: Any) -> None:
+def _rank(rank: int, folder: str, device_type: str, moe_backend: str, results: Any) -> None:
     device = f"cuda:{rank}" if device_type == "cuda" else "cpu"
     torch.set_num_threads(1)
     if device_type == "cuda":
@@ -143,7 +148,7 @@ def _rank(rank: int, folder: str, device_type: str, results: Any) -> None:
     dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for scenario in (fsdp_and_experts, call_options, missing_rank):
         try:
-            results.put((rank, scenario.__name__, scenario(rank, device)))
+            results.put((rank, scenario.__name__, scenario(rank, device, moe_backend)))
         except Exception:
             results.put((rank, scenario.__name__, traceback.format_exc()))
             break
@@ -153,12 +158,17 @@ def _rank(rank: int, folder: str, device_type: str, results: Any) -> None:
         raise SystemExit(EXIT_CODE)
 
 
-def run_pair(device_type: str, *, limit_s: float) -> Outcome:
-    """Start the pair, collect four results, wait for rank 0 to end by itself; whoever is left is killed."""
+def run_pair(device_type: str, *, limit_s: float, backend: str = "auto") -> Outcome:
+    """Start the pair, collect its results, wait for rank 0 to end by itself; whoever is left is killed.
+
+    `backend`: `dispatch.backend` of the scenarios.
+    """
     context = multiprocessing.get_context("spawn")
     results, found = context.Queue(), {}
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [context.Process(target=_rank, args=(r, folder, device_type, results), daemon=True) for r in (0, 1)]
+        ranks = [
+            context.Process(target=_rank, args=(r, folder, device_type, backend, results), daemon=True) for r in (0, 1)
+        ]
         for process in ranks:
             process.start()
         try:

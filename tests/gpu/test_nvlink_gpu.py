@@ -25,6 +25,7 @@ from moe_layer.types import Received, Routing
 from tests.distributed.cases import Case, GatherCompact, assert_same_bits, make_case, run_case
 from tests.distributed.pool import Pool
 from tests.distributed.ranks import ThreadRanks
+from tests.gpu.nccl_pair import DEADLINE_S, EXIT_CODE, run_pair
 from tests.gpu.virtual_ranks import run_on_gpu
 
 pytestmark = pytest.mark.gpu
@@ -234,7 +235,7 @@ def overflow_case(context: ParallelContext, device: str) -> str:
     dispatcher = make_dispatcher(config, num_experts=8, top_k=3, context=context)
     received = dispatcher.dispatch(case.x_TD, Routing.from_ids(case.ids_TK, case.w_TK, num_experts=8))
     torch.cuda.synchronize()
-    assert received.rows.isnan().all()
+    assert received.rows.isnan().all() and int(received.offsets_L1[-1]) <= received.rows.shape[0]
     try:
         dispatcher.check()
     except CapacityError as error:
@@ -367,3 +368,17 @@ def test_absent_rank_on_two_gpus(pool: Pool) -> None:
     assert found is not None
     text, seconds = found
     assert "rank 1 reached epoch" in text and seconds < 4.5, found
+
+
+@needs_two
+@pytest.mark.dist
+def test_a_missing_rank_ends_in_an_error_and_the_process_exits() -> None:
+    """A trained layer first (FSDP2 beside it), then rank 1 stays away: rank 0 raises in time and its process ends."""
+    outcome = run_pair("cuda", limit_s=50.0, backend="nvlink")
+    for rank in (0, 1):
+        errors = outcome.found[rank, "fsdp_and_experts"]
+        assert isinstance(errors, dict) and max(errors.values()) < 1e-4, errors
+    text, seconds = outcome.found[0, "missing_rank"]
+    assert "layer 4, step 0, phase dispatch" in text and "ranks [1] of 2 did not report" in text
+    assert "rank 1 reached epoch" in text and seconds < DEADLINE_S + 2.0, (text, seconds)
+    assert outcome.exit_codes[0] == EXIT_CODE and outcome.exit_after_error_s < 8.0, outcome
