@@ -69,7 +69,9 @@ def measure(name: str, arguments: argparse.Namespace, rates: dict[str, float], p
     found = peer_row(peer, ours, x, upstream, shape, arguments)
     variants = {"eager": step, "graph": parts.in_graph(step), "gemms": parts.six_gemms(ours, x, upstream)}
     if not arguments.no_grouped_mm:
-        variants["grouped_mm"] = parts.make_step(parts.make_layer(shape, "grouped_mm"), x, upstream)
+        twin = parts.make_layer(shape, "grouped_mm", losses=arguments.losses)
+        twin.load_state_dict(ours.state_dict())
+        variants["grouped_mm"] = parts.make_step(twin, x, upstream)
     times = interleave(variants, arguments, peer, found)
     steps = parts.timeline(step)
     if arguments.profile:

@@ -165,7 +165,7 @@ def is_gemm(name: str) -> bool:
 
 
 def host_microseconds(step: Step, runs: int = 10) -> float:
-    """Host time of one step while the device is behind: its queue never runs empty, so launches never wait."""
+    """Median time until one step, started on an idle device, has launched everything; the device is not waited for."""
     values = []
     for _ in range(runs):
         torch.cuda.synchronize()
