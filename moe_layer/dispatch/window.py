@@ -276,6 +276,7 @@ def _share(num_bytes: int, link: Link) -> tuple[Tensor, list[int], Any]:
         return memory, pointers, handle
     path = "/dev/shm/moe_layer_{}_{}"
     number = next(_names)
+    _reserve(path.format(pid, number), num_bytes)
     memory = torch.from_file(path.format(pid, number), shared=True, size=num_bytes, dtype=torch.uint8)
     memory.zero_()
     places = _gather(link, [pid, number])
@@ -288,6 +289,21 @@ def _share(num_bytes: int, link: Link) -> tuple[Tensor, list[int], Any]:
     _gather(link, [0])  # everybody has mapped everything: the names can go
     os.unlink(path.format(pid, number))
     return memory, [view.data_ptr() for view in views], views
+
+
+def _reserve(path: str, num_bytes: int) -> None:
+    """Make a file of that size now: a write to shared memory that is not there would end the process without a word."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        os.posix_fallocate(file, 0, num_bytes)
+    except OSError as error:
+        os.unlink(path)
+        raise CapacityError(
+            f"the dispatch window of {num_bytes} bytes does not fit into /dev/shm ({error.strerror}); lower "
+            "dispatch.max_tokens_per_rank, or give the container more shared memory"
+        ) from error
+    finally:
+        os.close(file)
 
 
 def _settle(device: torch.device) -> None:

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from moe_layer.config.model import DispatchConfig
 from moe_layer.dispatch import make_dispatcher
-from moe_layer.errors import DispatchTimeout
+from moe_layer.errors import CapacityError, DispatchTimeout
 from moe_layer.ops import ep, ep_model
 from moe_layer.parallel import compat, parallelize
 from moe_layer.parallel.context import ParallelContext
@@ -213,6 +213,24 @@ def window_bytes() -> tuple[int, int]:
 def test_buffer_bytes_is_the_allocation(pool: Pool) -> None:
     for promised, made in pool.run(window_bytes):
         assert promised <= made < promised + 4096, "the kernel's maps are whole pages"
+
+
+def too_large() -> tuple[str, int]:
+    context = _context(4, "too large")
+    case = make_case(0, T=8, D=16, E=8, K=2)
+    try:
+        run_case(case, config_for("nvlink", max_tokens_per_rank=10**10), context)
+    except CapacityError as error:
+        return str(error), len(list(Path("/dev/shm").glob(f"moe_layer_{os.getpid()}_*")))
+    finally:
+        context.close()
+    return "no error", 0
+
+
+def test_a_window_that_does_not_fit_is_an_error(pool: Pool) -> None:
+    """Not a SIGBUS at the first write."""
+    for text, files in pool.run(too_large):
+        assert "does not fit into /dev/shm" in text and "lower dispatch.max_tokens_per_rank" in text and files == 0
 
 
 def tensors_of(model: Model) -> dict[str, Tensor]:
