@@ -146,7 +146,7 @@ class DispatchConfig:
     ring_depth: PositiveInt = 2
     """nvlink: dispatches (and combines) that may be between their send and their recv."""
     sm_budget: PositiveInt | None = None
-    """nvlink: multiprocessors that a send may occupy beside the computation (default: 24 out, 96 home)."""
+    """nvlink: multiprocessors that a send may occupy beside the computation (default: 32 out, 128 home)."""
     deadline_s: PositiveFloat = 60.0
     """Seconds a rank waits for its peers before it raises DispatchTimeout."""
     p2p_world_size: PositiveInt | None = None

@@ -57,6 +57,17 @@ def test_every_policy_names_a_test_that_exists() -> None:
             assert re.search(rf"^def {name}\b", (ROOT / path).read_text(), re.M), f"{path} has no {name}"
 
 
+def test_every_requirement_names_tests_that_exist() -> None:
+    """The table of docs/dispatch.md."""
+    page = (ROOT / "docs" / "dispatch.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| .*$", page, re.MULTILINE)
+    assert rows == [str(n) for n in range(1, 19)]
+    named = re.findall(r"`(tests/\S+?)::(\w+)`", page)
+    assert len(named) > 40
+    for path, test in named:
+        assert f"def {test}(" in (ROOT / path).read_text(), f"{path}::{test}"
+
+
 def test_the_api_page_names_everything_public() -> None:
     page = (ROOT / "docs/api.md").read_text()
     missing = [name for name in moe_layer.__all__ if name != "__version__" and f"`{name}" not in page]
