@@ -64,7 +64,7 @@ __device__ __forceinline__ float stage_slots(
       if (p.weight_rule == kOverChosen) {
         y = expf(values[slot] - top);
       } else if (p.weight_rule == kPreSoftmax) {
-        y = expf(values[slot] - max) * inverse;
+        y = exp_above_fast(values[slot], max) * inverse;  // to the bit as in dense_softmax, which subtracts
       } else {
         y = score_of(values[slot], p.score);
       }

@@ -99,18 +99,35 @@ def capture(call: Callable[[int], Any], calls: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def sm_clock() -> int:
+    """MHz of the SMs, from a kernel that spins for a number of cycles. The clock decides these times: report it."""
+    cycles = 20_000_000
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    torch.cuda._sleep(cycles)
+    end.record()
+    end.synchronize()
+    return round(cycles / start.elapsed_time(end) / 1e3)
+
+
 def medians(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], rounds: int) -> dict[str, float]:
-    """Microseconds of one call of each variant, the variants interleaved."""
+    """Microseconds of one call of each variant, the variants interleaved.
+
+    The host waits once a round and not after every graph: between graphs that the host waits for the device idles.
+    """
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for index in range(rounds + 3):
-        for name, (graph, calls) in graphs.items():
+        marks = {}
+        for name, (graph, _) in graphs.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             graph.replay()
             end.record()
-            end.synchronize()
+            marks[name] = (start, end)
+        torch.cuda.synchronize()
+        for name, (start, end) in marks.items():
             if index >= 3:
-                times[name].append(start.elapsed_time(end) * 1e3 / calls)
+                times[name].append(start.elapsed_time(end) * 1e3 / graphs[name][1])
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -282,6 +299,7 @@ def bench(name: str, dtype: torch.dtype, args: argparse.Namespace, ceiling: floa
         "record_cost_percent": round(100 * (times["ours recorded"] / forward - 1), 1),
         "gb_per_s": round(moved / forward / 1e3),
         "copy_gb_per_s": round(ceiling),
+        "sm_mhz": sm_clock(),
         "goal_forward": GOALS.get(name),
     }
     return row | {"warm_l2": args.warm} | provenance()
@@ -314,7 +332,7 @@ def main() -> None:
     print(_ext.status().sentence())
     warm_up()
     ceiling = copy_ceiling()
-    print(f"{torch.cuda.get_device_name()}, copy ceiling {ceiling:.0f} GB/s")
+    print(f"{torch.cuda.get_device_name()}, copy ceiling {ceiling:.0f} GB/s, SM clock {sm_clock()} MHz")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for name in args.shapes.split(","):
         for dtype in args.dtypes.split(","):
