@@ -147,8 +147,7 @@ def half_a_send(how: int, phase: str) -> tuple[str, float, list[bool], str]:
     return *errors[0], [bool(out.isnan().all()) for out in outputs], errors[1][0]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("phase", ["dispatch", "combine"])
+@pytest.mark.parametrize(("how", "phase"), [(signal.SIGKILL, "dispatch"), (signal.SIGSTOP, "combine")])
 def test_a_rank_dies_in_the_middle_of_a_send(how: int, phase: str) -> None:
     pool = Pool(4)
     try:
