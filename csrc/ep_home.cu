@@ -66,7 +66,8 @@ __global__ void __launch_bounds__(kThreads, 2) ep_home_kernel(EpTrip trip, Parti
       // The first peer's row is read a piece ahead like the own ones; with more peers the others' loads wait.
       const int near = __ffs(senders & ~(1u << trip.me)) - 1;
       const bool ahead = near >= 0 && wire_bytes(args.wire) == 2;
-      const uint8_t* near_row = near < 0 ? nullptr : trip.rows(trip.me, near) + __shfl_sync(kAll, place, near & 31) * trip.width;
+      const uint8_t* near_row =
+          near < 0 ? nullptr : trip.rows(trip.me, near) + __shfl_sync(kAll, place, near & 31) * trip.width;
       Pack<uint16_t, V> raw{};
       if (ahead && (begin * kWarp + lane) * V < args.hidden) raw = wire_pack<V>(near_row, (begin * kWarp + lane) * V);
       for (int piece = begin; piece < stop; ++piece) {

@@ -46,7 +46,6 @@ __device__ __forceinline__ void send_fp8(const uint4* from, uint8_t* to, int64_t
   }
 }
 
-
 template <typename Unit, bool kFp8>
 __global__ void __launch_bounds__(kThreads, 4) ep_push_kernel(PushArgs args) {
   const EpTrip& trip = args.trip;

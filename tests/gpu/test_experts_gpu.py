@@ -122,20 +122,20 @@ def test_capture_replays_with_another_routing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_auto_takes_grouped_mm_and_repeats_its_bits() -> None:
-    auto, named = _experts(), _experts(backend="grouped_mm")
-    named.load_state_dict(auto.state_dict())
+def test_grouped_mm_repeats_its_bits() -> None:
+    one, twin = _experts(backend="grouped_mm"), _experts(backend="grouped_mm")
+    twin.load_state_dict(one.state_dict())
     received = _to_cuda(make_received(*_inputs(), num_experts=E, compact=True))
     upstream = torch.randn(T * K, D, device="cuda").to(BF16)
     results = [
-        [rows := experts(received), *_gradients(experts, received, rows, upstream)] for experts in (auto, named, auto)
+        [rows := experts(received), *_gradients(experts, received, rows, upstream)] for experts in (one, twin, one)
     ]
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_loop_and_fullgraph_compile() -> None:
-    grouped, loop = _experts(), _experts(backend="reference")
+    grouped, loop = _experts(backend="grouped_mm"), _experts(backend="reference")
     loop.load_state_dict(grouped.state_dict())
     received = _to_cuda(make_received(*_inputs(), num_experts=E))
     eager = grouped(received)

@@ -36,7 +36,11 @@ def inputs() -> tuple[Tensor, Routing, Tensor]:
 
 
 def experts(received: Received, matrix: Tensor) -> Tensor:
-    rows = received.rows if received.index_N is None else received.rows.index_select(0, received.index_N)
+    rows = received.rows
+    if received.index_N is not None and rows.shape[0]:  # no token at all: every row of a static buffer is tail
+        rows = rows.index_select(0, received.index_N)
+    elif received.index_N is not None:
+        rows = rows.new_zeros(received.index_N.shape[0], rows.shape[1])
     return (torch.tanh(rows @ matrix) * received.probs_N.unsqueeze(1)).to(rows.dtype)
 
 
