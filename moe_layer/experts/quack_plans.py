@@ -71,6 +71,12 @@ def _plans(device: torch.device) -> dict[tuple, Any]:
     return {}
 
 
+def _bind_context(device: torch.device) -> None:
+    """QuACK asks the driver about the GPU while it makes a plan; a thread of autograd has a driver context only after its
+    first launch."""
+    torch.zeros(1, device=device)
+
+
 @functools.cache
 def _entry_points() -> tuple[Any, Any, Any]:
     from quack.gemm import run_gemm_plan
@@ -100,6 +106,7 @@ def _launch_epilogue(
     if plan is not None:
         _entry_points()[0](plan, a, b, d, c, operands, cu_seqlens_m=offsets, A_idx=index)
         return
+    _bind_context(a.device)
     config = _config(tile)
     plans[key] = mod.gemm(
         a,
@@ -212,6 +219,7 @@ def matmul(
     if plan is not None:
         run_plan(plan, a, b_NK, out, added, cu_seqlens_m=rows, cu_seqlens_k=depth, A_idx=index)
         return
+    _bind_context(a.device)
     plans[key] = execute(
         a,
         b_NK.mT,

@@ -93,7 +93,7 @@ def choose_tiles(*, rows_per_expert: float, hidden: int, width: int) -> Tiles:
     if not fitting:
         return tiles
     nearest = min(fitting, key=lambda e: abs(math.log(e["rows_per_expert"] / max(rows_per_expert, 1e-3))))
-    found: dict[str, Any] = {name: t if isinstance(t, bool) else Tile(*t) for name, t in nearest["tiles"].items()}
+    found: Any = {name: t if isinstance(t, bool) else Tile(*t) for name, t in nearest["tiles"].items()}
     return tiles._replace(**found)
 
 
