@@ -78,6 +78,7 @@ struct PartialArgs {
   const float* probs_N;
   int64_t num_rows;
   int32_t num_compact, slots, hidden, num_experts, tree_blocks, wire;
+  int32_t first_block, own_blocks;  // of the tree: this rank's subtree, or the whole tree where ranks do not divide it
   bool compact;
 };
 
@@ -103,58 +104,92 @@ __device__ __forceinline__ SlotList list_slots(const PartialArgs& args, int64_t 
     const int slot = __ffs(__ballot_sync(kAll, order.rank == i)) - 1;
     if (lane == i) from = slot;
   }
-  return {__shfl_sync(kAll, row, from), __shfl_sync(kAll, order.block, from), order.count};
+  return {__shfl_sync(kAll, row, from), __shfl_sync(kAll, order.block, from) - args.first_block, order.count};
 }
 
 // Sums over the rows of one compact row, piece after piece of 32 * V columns; the next piece's loads are in flight while
-// this one's rows are added.
-template <typename T, int V>
+// this one's rows are added. A result of the tree is never -0, so an absent block may be added as +0: kBlocks running
+// sums, one a block of the tree, joined pairwise by straight-line code. (TreeStack skips them instead: its branches took
+// 8 us a piece in these kernels, which have few warps.)
+template <typename T, int V, int kBlocks>
 struct PartialRow {
   static constexpr int kAhead = 6;
-  const PartialArgs& args;
   const SlotList list;
+  const int hidden;
+  unsigned codes = 0;  // the blocks of the first rows, four bits each
+  const T* from[kAhead];
+  const T* rows;
   Pack<T, V> ahead[kAhead];
 
   __device__ __forceinline__ PartialRow(const PartialArgs& args, const SlotList& list, int piece)
-      : args(args), list(list) {
+      : list(list), hidden(args.hidden), rows(static_cast<const T*>(args.rows)) {
+    const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      if (i < list.count) load(ahead[i], i, piece);
+      codes |= static_cast<unsigned>(__shfl_sync(0xffffffffu, list.block, i)) << (4 * i);
+      from[i] = rows + static_cast<int64_t>(__shfl_sync(0xffffffffu, list.row, i)) * hidden + lane * V;
+      if (i < list.count) load(ahead[i], from[i], piece);
     }
   }
 
-  __device__ __forceinline__ void load(Pack<T, V>& into, int i, int piece) {
-    const int d = (piece * kWarp + static_cast<int>(threadIdx.x) % kWarp) * V;
-    const int64_t row = __shfl_sync(0xffffffffu, list.row, i);
-    if (d < args.hidden) {
-      into = *reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(args.rows) + row * args.hidden + d);
+  __device__ __forceinline__ void load(Pack<T, V>& into, const T* row, int piece) {
+    if ((piece * kWarp + static_cast<int>(threadIdx.x) % kWarp) * V < hidden) {
+      into = *reinterpret_cast<const Pack<T, V>*>(row + piece * (kWarp * V));
+    }
+  }
+
+  __device__ __forceinline__ static void add(float (&sums)[kBlocks][V], const Pack<T, V>& row, unsigned block) {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      if (block == b) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) sums[b][j] = __fadd_rn(sums[b][j], to_float(row.v[j]));
+      }
     }
   }
 
   // The unrounded sum of this lane's elements of `piece`; `more`: the next piece follows.
   __device__ __forceinline__ void sum(int piece, bool more, float (&total)[V]) {
-    TreeStack<V, 4> stack;
+    float sums[kBlocks][V] = {};
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (i < list.count) {
-        float value[V];
-#pragma unroll
-        for (int j = 0; j < V; ++j) value[j] = to_float(ahead[i].v[j]);
-        if (more) load(ahead[i], i, piece + 1);
-        stack.add(value, __shfl_sync(0xffffffffu, list.block, i));
+        const Pack<T, V> row = ahead[i];
+        if (more) load(ahead[i], from[i], piece + 1);
+        add(sums, row, codes >> (4 * i) & 15);
       }
     }
     for (int i = kAhead; i < list.count; ++i) {
-      Pack<T, V> late;
-      load(late, i, piece);
-      float value[V];
-#pragma unroll
-      for (int j = 0; j < V; ++j) value[j] = to_float(late.v[j]);
-      stack.add(value, __shfl_sync(0xffffffffu, list.block, i));
+      const unsigned block = __shfl_sync(0xffffffffu, list.block, i);
+      const int64_t row = __shfl_sync(0xffffffffu, list.row, i);
+      Pack<T, V> late{};
+      load(late, rows + row * hidden + static_cast<int>(threadIdx.x) % kWarp * V, piece);
+      add(sums, late, block);
     }
-    stack.finish(total);
+#pragma unroll
+    for (int step = 1; step < kBlocks; step *= 2) {
+#pragma unroll
+      for (int b = 0; b + step < kBlocks; b += 2 * step) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) sums[b][j] = __fadd_rn(sums[b][j], sums[b + step][j]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < V; ++j) total[j] = sums[0][j];
   }
 };
+
+// Calls body(T{}, blocks) with the rows' type and 4 running sums where this rank's part of the tree has no more, else 8.
+template <typename Body>
+inline void dispatch_partial(ScalarType dtype, const PartialArgs& args, Body&& body) {
+  dispatch_float(dtype, "rows", [&](auto zero) {
+    if (args.own_blocks <= 4) {
+      body(zero, std::integral_constant<int, 4>{});
+    } else {
+      body(zero, std::integral_constant<int, 8>{});
+    }
+  });
+}
 
 PartialArgs read_partial(
     const EpTrip& trip, const Tensor& rows, const Tensor& row_index, const Tensor& ids, const Tensor& base,

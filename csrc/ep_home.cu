@@ -37,7 +37,36 @@ __device__ __forceinline__ bool wait_tokens(
   return __syncthreads_and(ok);
 }
 
-template <typename T>
+// The ranks [kFirst, kFirst + kCount) pairwise, as one tree of 8 in which absent ranks are +0. `place` is lane r's.
+template <int V, int kFirst, int kCount>
+__device__ __forceinline__ void rank_tree(
+    const EpTrip& trip, const PartialArgs& args, int place, const float (&own)[V], int d, float (&sum)[V]) {
+  if constexpr (kCount == 1) {
+    const int64_t at = __shfl_sync(0xffffffffu, place, kFirst);
+#pragma unroll
+    for (int i = 0; i < V; ++i) sum[i] = 0.0f;
+    if (at < 0) return;
+    float value[V] = {};
+    if (kFirst == trip.me) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) value[i] = own[i];
+    } else if (d < args.hidden) {
+      load_wire<V>(trip.rows(trip.me, kFirst) + at * trip.width, args.wire, d, value);
+    }
+#pragma unroll
+    for (int i = 0; i < V; ++i) sum[i] = __fadd_rn(0.0f, value[i]);
+  } else {
+    rank_tree<V, kFirst, kCount / 2>(trip, args, place, own, d, sum);
+    if (kFirst + kCount / 2 >= trip.ranks) return;
+    float other[V];
+    rank_tree<V, kFirst + kCount / 2, kCount / 2>(trip, args, place, own, d, other);
+#pragma unroll
+    for (int i = 0; i < V; ++i) sum[i] = __fadd_rn(sum[i], other[i]);
+  }
+}
+
+// kPair: two ranks, whose one peer's row is read a piece ahead like the own ones.
+template <typename T, int kBlocks, bool kPair>
 __global__ void __launch_bounds__(kThreads, 2) ep_home_kernel(EpTrip trip, PartialArgs args, HomeArgs home) {
   constexpr int V = 16 / sizeof(T);
   constexpr unsigned kAll = 0xffffffffu;
@@ -62,10 +91,9 @@ __global__ void __launch_bounds__(kThreads, 2) ep_home_kernel(EpTrip trip, Parti
       const unsigned senders = __ballot_sync(kAll, place >= 0);
       SlotList list;
       if (own_place >= 0) list = list_slots(args, own_base + own_place);
-      PartialRow<T, V> row(args, list, begin);
-      // The first peer's row is read a piece ahead like the own ones; with more peers the others' loads wait.
+      PartialRow<T, V, kBlocks> row(args, list, begin);
       const int near = __ffs(senders & ~(1u << trip.me)) - 1;
-      const bool ahead = near >= 0 && wire_bytes(args.wire) == 2;
+      const bool ahead = kPair && near >= 0 && wire_bytes(args.wire) == 2;
       const uint8_t* near_row =
           near < 0 ? nullptr : trip.rows(trip.me, near) + __shfl_sync(kAll, place, near & 31) * trip.width;
       Pack<uint16_t, V> raw{};
@@ -76,24 +104,20 @@ __global__ void __launch_bounds__(kThreads, 2) ep_home_kernel(EpTrip trip, Parti
         float own[V];
         row.sum(piece, piece + 1 < stop, own);
         round_to_wire<V>(args.wire, own);
-        TreeStack<V, 4> stack;
-        for (unsigned left = senders; left != 0; left &= left - 1) {
-          const int r = __ffs(left) - 1;
-          const int64_t at = __shfl_sync(kAll, place, r);
+        float sum[V] = {};
+        if constexpr (kPair) {
           float value[V] = {};
-          if (r == trip.me) {
-#pragma unroll
-            for (int i = 0; i < V; ++i) value[i] = own[i];
-          } else if (r == near && ahead) {
+          if (ahead) {
             widen<V>(raw, args.wire, value);
             if (piece + 1 < stop && d + kWarp * V < args.hidden) raw = wire_pack<V>(near_row, d + kWarp * V);
-          } else if (inside) {
-            load_wire<V>(trip.rows(trip.me, r) + at * trip.width, args.wire, d, value);
+          } else if (near >= 0 && inside) {
+            load_wire<V>(near_row, args.wire, d, value);
           }
-          stack.add(value, r);
+#pragma unroll
+          for (int i = 0; i < V; ++i) sum[i] = __fadd_rn(__fadd_rn(0.0f, own[i]), __fadd_rn(0.0f, value[i]));
+        } else {
+          rank_tree<V, 0, 8>(trip, args, place, own, d, sum);
         }
-        float sum[V];
-        stack.finish(sum);
         if (inside) {
           if (home.add_TD != nullptr) {
             float extra[V];
@@ -181,7 +205,12 @@ std::tuple<Tensor, Tensor> ep_home(
   const int grid = static_cast<int>(groups < 1 ? 1 : groups < most ? groups : most);
   const cudaStream_t stream = current_stream(state);
   dispatch_float(rows.scalar_type(), "rows", [&](auto zero) {
-    ep_home_kernel<decltype(zero)><<<grid, kThreads, 0, stream>>>(trip, args, home);
+    using T = decltype(zero);
+    if (trip.ranks == 2 && args.own_blocks <= 4) {
+      ep_home_kernel<T, 4, true><<<grid, kThreads, 0, stream>>>(trip, args, home);
+    } else {
+      ep_home_kernel<T, 8, false><<<grid, kThreads, 0, stream>>>(trip, args, home);
+    }
   });
   MOE_LAUNCH_CHECK();
   return {out, d_weights};

@@ -1,6 +1,7 @@
 // Send rows of a list to each rank: words first, then rows in flagged chunks. Twin of ep_push in moe_layer/ops/ep.py.
 //
-// The first blocks share the words of all rows, and the last of them to finish writes the headers. Then each block takes
+// All blocks first share the words of all rows, which must not queue behind rows on the link; the last to finish writes
+// the headers. Then each block takes
 // chunks, the peers in turn; a warp copies a row with eight 16-byte loads a lane in flight, or encodes it on the way.
 
 #include "ep.cuh"
@@ -9,7 +10,7 @@
 namespace moe_layer {
 namespace {
 
-constexpr int kThreads = 256, kAhead = 8, kMetaBlocks = 8;
+constexpr int kThreads = 256, kAhead = 8;
 
 struct PushArgs {
   EpTrip trip;
@@ -65,10 +66,9 @@ __global__ void __launch_bounds__(kThreads, 4) ep_push_kernel(PushArgs args) {
   __syncthreads();
 
   const int words = args.meta0 == nullptr ? 0 : 1 + args.words0 + args.words1;
-  const int meta_blocks = min(kMetaBlocks, static_cast<int>(gridDim.x));
-  if (words > 0 && blockIdx.x < meta_blocks) {
+  if (words > 0) {
     // A warp takes eight rows at a time: their loads are in flight together.
-    const int each = kThreads / kWarp * meta_blocks * kAhead;
+    const int each = kThreads / kWarp * static_cast<int>(gridDim.x) * kAhead;
     for (int peer = 0; peer < trip.ranks; ++peer) {
       int32_t* to = trip.words(peer, trip.me);
       for (int i = (blockIdx.x * (kThreads / kWarp) + warp) * kAhead; i < counts[peer]; i += each) {
@@ -92,10 +92,10 @@ __global__ void __launch_bounds__(kThreads, 4) ep_push_kernel(PushArgs args) {
         }
       }
     }
-    if (last_block(trip, kMetaTicket, meta_blocks) && threadIdx.x < trip.ranks) {
+    if (last_block(trip, kMetaTicket, gridDim.x) && threadIdx.x < trip.ranks) {
       write_headers(trip, epoch, threadIdx.x, counts[threadIdx.x]);
     }
-  } else if (words == 0 && blockIdx.x == 0 && threadIdx.x < trip.ranks) {
+  } else if (blockIdx.x == 0 && threadIdx.x < trip.ranks) {
     write_headers(trip, epoch, threadIdx.x, counts[threadIdx.x]);
   }
 

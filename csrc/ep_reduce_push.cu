@@ -30,6 +30,9 @@ PartialArgs read_partial(
   args.tree_blocks = to_int32(tree_blocks, "tree_blocks");
   args.wire = to_int32(wire, "wire");
   args.compact = compact;
+  const bool divides = tree_blocks % trip.ranks == 0;
+  args.own_blocks = static_cast<int32_t>(divides ? tree_blocks / trip.ranks : tree_blocks);
+  args.first_block = divides && !compact ? trip.me * args.own_blocks : 0;
   STD_TORCH_CHECK(args.slots <= kWarp, "nvlink serves at most 32 slots, got ", args.slots);
   STD_TORCH_CHECK(tree_blocks <= 8, "nvlink serves at most 8 tree blocks, got ", tree_blocks);
   STD_TORCH_CHECK(
@@ -48,7 +51,7 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 
-template <typename T>
+template <typename T, int kBlocks>
 __global__ void __launch_bounds__(kThreads, 2) ep_reduce_push_kernel(EpTrip trip, PartialArgs args) {
   constexpr int V = 16 / sizeof(T);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -77,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 2) ep_reduce_push_kernel(EpTrip trip
       const int j = first + item / parts, part = item % parts;
       const int begin = pieces * part / parts, end = pieces * (part + 1) / parts;
       if (begin == end) continue;
-      PartialRow<T, V> row(args, list_slots(args, base + j), begin);
+      PartialRow<T, V, kBlocks> row(args, list_slots(args, base + j), begin);
       uint8_t* to = trip.rows(peer, trip.me) + j * trip.width;
       for (int piece = begin; piece < end; ++piece) {
         float sum[V];
@@ -111,8 +114,8 @@ void ep_reduce_push(
       read_partial(trip, rows, row_index, ids, base, probs, wire, num_experts, tree_blocks, compact);
   const cudaStream_t stream = current_stream(state);
   const int grid = to_int32(blocks, "blocks");
-  dispatch_float(rows.scalar_type(), "rows", [&](auto zero) {
-    ep_reduce_push_kernel<decltype(zero)><<<grid, kThreads, 0, stream>>>(trip, args);
+  dispatch_partial(rows.scalar_type(), args, [&](auto zero, auto blocks_c) {
+    ep_reduce_push_kernel<decltype(zero), blocks_c.value><<<grid, kThreads, 0, stream>>>(trip, args);
   });
   MOE_LAUNCH_CHECK();
 }

@@ -139,21 +139,16 @@ class NvlinkDispatcher(ExchangeDispatcher):
         rows, probs_N, rank_C, token_C = DispatchRecv.apply(token, handle)
         slot_N, ids_CK, row_CK, offsets_L1 = handle.slot_N, handle.ids_CK, handle.row_CK, handle.offsets_L1
         assert slot_N is not None and ids_CK is not None and row_CK is not None and offsets_L1 is not None
-        counts_L = offsets_L1.diff()
-        if self.config.alignment > 1:
-            real_L = _counts(ids_CK, first_expert=self.first_expert, num_local=self.num_local)
-            counts_L = torch.minimum(real_L, counts_L) if self.config.capacity == "static" else real_L
-        split = partial(
-            split_counts, ids_CK - self.first_expert, rank_C, num_local=self.num_local, num_ranks=self.link.size
-        )
-        index_N = slot_N.clamp_min(0) // self.top_k if self.config.rows == "compact" else None
+        assert handle.counts_L is not None and handle.index_N is not None
+        index_N = handle.index_N if self.config.rows == "compact" else None
+        split = partial(self._split, ids_CK, rank_C)
         received = Received(
             rows=rows,
             index_N=index_N,
             probs_N=probs_N,
             act_probs_N=probs_N if self.config.apply_probs == "activation" else None,
             offsets_L1=offsets_L1,
-            counts_L=counts_L,
+            counts_L=handle.counts_L,
             split=split,
             first_expert=self.first_expert,
             src=partial(_sources, slot_N, rank_C, token_C, self.top_k),
@@ -166,6 +161,9 @@ class NvlinkDispatcher(ExchangeDispatcher):
             else None,
         )
         return deliver(received, out)
+
+    def _split(self, ids_CK: Tensor, rank_C: Tensor) -> Tensor:
+        return split_counts(ids_CK - self.first_expert, rank_C, num_local=self.num_local, num_ranks=self.link.size)
 
     @torch.compiler.disable(reason="dispatch over several ranks talks to its peers: a documented graph break")
     def combine_send(self, rows: Tensor, received: Received) -> tuple[Any, Tensor]:
@@ -197,12 +195,6 @@ class NvlinkDispatcher(ExchangeDispatcher):
         if self.link.context.window is not None:
             self.link.context.window.check(self.link)
         super().check()
-
-
-def _counts(ids_CK: Tensor, *, first_expert: int, num_local: int) -> Tensor:
-    local = torch.where(ids_CK >= 0, ids_CK - first_expert, num_local).flatten().long()
-    counts = torch.zeros(num_local + 1, dtype=torch.int32, device=ids_CK.device)
-    return counts.scatter_add_(0, local, torch.ones_like(local, dtype=torch.int32))[:-1]
 
 
 def _sources(slot_N: Tensor, rank_C: Tensor, token_C: Tensor, top_k: int) -> Tensor:

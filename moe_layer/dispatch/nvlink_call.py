@@ -24,7 +24,8 @@ from moe_layer.types import DispatchPlan, GradientLink
 if TYPE_CHECKING:
     from moe_layer.dispatch.nvlink import NvlinkDispatcher
 
-PUSH_BLOCKS, REDUCE_BLOCKS = 32, 128  # the first only copies, the second reads K rows for one that it sends
+# Thread blocks of a send: the first only copies, the second encodes, the third reads K rows for one that it sends.
+PUSH_BLOCKS, ENCODE_BLOCKS, REDUCE_BLOCKS = 64, 128, 128
 
 
 @dataclass
@@ -34,7 +35,7 @@ class FusedCall:
     Attributes:
         fp8: rows travel outwards as e4m3 (`dispatch_format: fp8_1x128`).
         x_TD: what was sent, until it is received. tokens_RT, position_TR, counts_R: see `ep_plan`.
-        base_R1, recv_R: compact rows of each source. row_CK, ids_CK, slot_N, offsets_L1: see `SlotOrder`.
+        base_R1, recv_R: compact rows of each source. the next six: see `SlotOrder`.
         trips: under way between a send and its recv. d_y_TD; d_rows and d_probs: what the trips of backward carry.
     """
 
@@ -54,6 +55,8 @@ class FusedCall:
     ids_CK: Tensor | None = None
     slot_N: Tensor | None = None
     offsets_L1: Tensor | None = None
+    counts_L: Tensor | None = None
+    index_N: Tensor | None = None
     trips: dict[Phase, Trip] = field(default_factory=dict)
     d_y_TD: Tensor | None = None
     d_rows: tuple[Tensor, Tensor] | None = None
@@ -68,7 +71,7 @@ class FusedCall:
         """Send rows `[T, D]` to the ranks of their experts."""
         w = self.window
         trip = self.begin(phase, width=fp8_width(rows.shape[1]) if self.fp8 else row_width(rows), home=False)
-        blocks = self.dispatcher.config.sm_budget or PUSH_BLOCKS
+        blocks = self.dispatcher.config.sm_budget or (ENCODE_BLOCKS if self.fp8 else PUSH_BLOCKS)
         w.send(
             trip,
             ep.ep_push,
@@ -214,10 +217,14 @@ class DispatchRecv(torch.autograd.Function):
         assert call.x_TD is not None
         x_TD, call.x_TD = call.x_TD, None
         rows = x_TD.new_empty(room if config.rows == "compact" else num_rows, x_TD.shape[1])
-        probs_N = gather_slots(weights_CK, slot_N)  # before the rows, which are still arriving
+        # All this before the rows, which are still arriving.
+        probs_N = gather_slots(weights_CK, slot_N)
+        call.counts_L, call.index_N, inside_L1 = order.counts_L, order.index_N[:num_rows], order.offsets_L1
+        if config.capacity == "static":  # after an overflow, which `take` reports, nobody may go past the rows
+            inside_L1 = order.offsets_L1.clamp_max(num_rows)
+            call.counts_L = torch.minimum(order.counts_L, inside_L1.diff())
         call.take("dispatch", x_TD, rows)
-        if config.capacity == "static":  # after an overflow, reported above, nobody may read or write past the rows
-            call.offsets_L1 = order.offsets_L1.clamp_max(num_rows)
+        call.offsets_L1 = inside_L1
         ctx.call = call
         ctx.mark_non_differentiable(rank_C, token_C)
         ctx.save_for_backward(token.new_empty(0))

@@ -72,8 +72,8 @@ def _plans(device: torch.device) -> dict[tuple, Any]:
 
 
 def _bind_context(device: torch.device) -> None:
-    """QuACK asks the driver about the GPU while it makes a plan; a thread of autograd has a driver context only after its
-    first launch."""
+    """QuACK asks the driver about the GPU while it makes a plan; a thread of autograd has a driver context only after
+    its first launch."""
     torch.zeros(1, device=device)
 
 

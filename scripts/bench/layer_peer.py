@@ -40,7 +40,7 @@ class Peer:
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
         )
 
-    def ask(self, what: str, *, seconds: float, **arguments: Any) -> dict[str, Any]:
+    def ask(self, request: str, *, seconds: float, **arguments: Any) -> dict[str, Any]:
         """The answer to one request.
 
         Raises:
@@ -48,21 +48,21 @@ class Peer:
         """
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
-            self.process.stdin.write(json.dumps({"do": what, **arguments}) + "\n")
+            self.process.stdin.write(json.dumps({"do": request, **arguments}) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            raise PeerError(f"the peer ended before {what}; see {self.log.name}") from None
+            raise PeerError(f"the peer ended before {request}; see {self.log.name}") from None
         deadline = time.monotonic() + seconds
         while not select.select([self.process.stdout], [], [], 1.0)[0]:
             if time.monotonic() > deadline:
                 self.close()
-                raise PeerError(f"the peer did not answer {what} within {seconds:.0f} s; see {self.log.name}")
+                raise PeerError(f"the peer did not answer {request} within {seconds:.0f} s; see {self.log.name}")
         line = self.process.stdout.readline()
         if not line:
-            raise PeerError(f"the peer ended during {what}; see {self.log.name}")
+            raise PeerError(f"the peer ended during {request}; see {self.log.name}")
         answer = json.loads(line)
         if "error" in answer:
-            raise PeerError(f"the peer failed in {what}: {answer['error']}")
+            raise PeerError(f"the peer failed in {request}: {answer['error']}")
         return answer
 
     def close(self) -> None:
