@@ -14,6 +14,6 @@ case "${1:-}" in memcheck | racecheck | synccheck | initcheck) tools=("$1"); shi
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 for tool in "${tools[@]}"; do
     echo "sanitize: $tool"
-    options=(--tool "$tool" --error-exitcode 99 --target-processes all --kernel-name regex:moe_layer)
+    options=(--tool "$tool" --error-exitcode 99 --target-processes all --kernel-name kernel_substring=moe_layer)
     compute-sanitizer "${options[@]}" "$PYTHON" -m pytest -q -x --timeout 3000 "$@"
 done

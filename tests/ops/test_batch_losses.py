@@ -82,3 +82,14 @@ def test_bad_arguments() -> None:
         batch_losses(counts, live[:, :4], scores, top_k=2)
     with pytest.raises(ValueError, match="z_sum must be"):
         batch_losses(counts, z_sum=z_sum.expand(2), top_k=2)
+
+
+def test_opcheck() -> None:
+    counts, live, scores, z_sum = sums(8, 2, 33)
+    coefficients = {"top_k": 2, "aux_coeff": 0.1, "z_coeff": 0.7}
+    opcheck = torch.library.opcheck
+    opcheck(torch.ops.moe_layer.batch_losses.default, (counts, live, scores, z_sum), coefficients)
+    opcheck(torch.ops.moe_layer.batch_losses.default, (counts, None, None, z_sum), coefficients)
+    summary, scaled = torch.ops.moe_layer.batch_losses(counts, live, scores, z_sum, **coefficients)
+    given = (torch.randn(5), torch.randn_like(scaled), summary.detach(), live)
+    opcheck(torch.ops.moe_layer.batch_losses_bwd.default, given, coefficients | {"has_z": True})

@@ -62,6 +62,8 @@ def test_opcheck(name: str, everything: bool) -> None:
     logits = torch.randn(5, 8, requires_grad=True)
     args = (logits, bias, replay_ids, weights, valid, cu_seqlens)
     torch.library.opcheck(torch.ops.moe_layer.route_topk.default, args, options)
+    buffer = torch.zeros(5, top_k, dtype=torch.int16)
+    torch.library.opcheck(torch.ops.moe_layer.route_topk_into.default, (logits.detach(), *args[1:], buffer), options)
 
     kept = {
         key: options[key]
