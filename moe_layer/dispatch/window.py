@@ -138,8 +138,14 @@ class Window:
         self.state = torch.zeros(ep.STATE_HEAD + 2 * size.depth * ep.SLOT_WORDS, dtype=torch.int32, device=self.device)
         self.free = ([*range(size.depth)], [*range(size.depth, 2 * size.depth)])
         self._abandoned: dict[int, Tensor] = {}
+        self._words = [self._slot_words(slot) for slot in range(2 * size.depth)]
         on_gpu = self.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.device, priority=-1) if on_gpu else None
+
+    def _slot_words(self, slot: int) -> list[int]:
+        """The words of a trip that its slot decides; the deadline and the compared ones follow them."""
+        words = self.size.offsets(slot) | {"me": self.rank}
+        return [words[name] for name in ep.TRIP_WORDS[: -1 - len(ep.COMPARED)]]
 
     def begin(self, at: Position, *, width: int, link: Link, home: bool) -> Trip:
         """Take a slot for a trip of rows of `width` bytes.
@@ -157,17 +163,16 @@ class Window:
         slot = free.pop(0)
         if slot in self._abandoned:
             ep.ep_skip(self.peers, self.state, self._abandoned.pop(slot))
-        words = self.size.offsets(slot) | {
-            "me": self.rank,
-            "deadline_ns": int(link.deadline_s * 1e9),
-            "width": width,
-            "layer": at.layer,
-            "phase": PHASES.index(at.phase),
-            "step": at.step & 0x7FFFFFFF,
-            "config": link.config_hash & 0x7FFFFFFF,
-            "magic": _MAGIC,
-        }
-        return Trip(self, slot, torch.tensor([words[name] for name in ep.TRIP_WORDS], dtype=torch.int64), at)
+        of_trip = (
+            width,
+            at.layer,
+            PHASES.index(at.phase),
+            at.step & 0x7FFFFFFF,
+            link.config_hash & 0x7FFFFFFF,
+            _MAGIC,
+        )  # in the order of ep.COMPARED, with which the words of a trip end
+        words = [*self._words[slot], int(link.deadline_s * 1e9), *of_trip]
+        return Trip(self, slot, torch.tensor(words, dtype=torch.int64), at)
 
     def send(self, trip: Trip, op: Any, *args: Any, **options: Any) -> None:
         """Run an op of a send: on the window's own stream, so that computation goes on beside it."""
