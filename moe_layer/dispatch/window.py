@@ -15,6 +15,7 @@ Letters: R ranks, T tokens.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -138,14 +139,8 @@ class Window:
         self.state = torch.zeros(ep.STATE_HEAD + 2 * size.depth * ep.SLOT_WORDS, dtype=torch.int32, device=self.device)
         self.free = ([*range(size.depth)], [*range(size.depth, 2 * size.depth)])
         self._abandoned: dict[int, Tensor] = {}
-        self._words = [self._slot_words(slot) for slot in range(2 * size.depth)]
         on_gpu = self.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.device, priority=-1) if on_gpu else None
-
-    def _slot_words(self, slot: int) -> list[int]:
-        """The words of a trip that its slot decides; the deadline and the compared ones follow them."""
-        words = self.size.offsets(slot) | {"me": self.rank}
-        return [words[name] for name in ep.TRIP_WORDS[: -1 - len(ep.COMPARED)]]
 
     def begin(self, at: Position, *, width: int, link: Link, home: bool) -> Trip:
         """Take a slot for a trip of rows of `width` bytes.
@@ -171,7 +166,7 @@ class Window:
             link.config_hash & 0x7FFFFFFF,
             _MAGIC,
         )  # in the order of ep.COMPARED, with which the words of a trip end
-        words = [*self._words[slot], int(link.deadline_s * 1e9), *of_trip]
+        words = [*_slot_words(self.size, slot, self.rank), int(link.deadline_s * 1e9), *of_trip]
         return Trip(self, slot, torch.tensor(words, dtype=torch.int64), at)
 
     def send(self, trip: Trip, op: Any, *args: Any, **options: Any) -> None:
@@ -235,6 +230,13 @@ class Window:
             f"static dispatch buffer of {seen} rows overflowed at {at}: {wanted} rows arrived; raise "
             "dispatch.static_factor or set dispatch.overflow drop"
         )
+
+
+@functools.lru_cache(maxsize=256)
+def _slot_words(size: WindowSize, slot: int, rank: int) -> list[int]:
+    """The words of a trip that its slot decides; the deadline and the compared ones follow them."""
+    words = size.offsets(slot) | {"me": rank}
+    return [words[name] for name in ep.TRIP_WORDS[: -1 - len(ep.COMPARED)]]
 
 
 def window_for(link: Link, need: WindowSize) -> Window:
