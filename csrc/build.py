@@ -156,8 +156,10 @@ def read_with_headers(source: Path) -> list[bytes]:
     return [seen[path] for path in sorted(seen)]
 
 
-def compile_all(toolkit: Toolkit, torch: TorchInstall, archs: list[str], build_dir: Path, jobs: int) -> list[Path]:
-    """Compile every source in parallel; an object is reused while source, its headers and flags are the same."""
+def compile_all(
+    toolkit: Toolkit, torch: TorchInstall, archs: list[str], build_dir: Path, jobs: int, pattern: str = "*"
+) -> list[Path]:
+    """Compile every source whose name matches in parallel; an object is reused while source, its headers and flags are the same."""
     build_dir.mkdir(parents=True, exist_ok=True)
     version = re.search(r'"([^"]+)"', (ROOT / "moe_layer/_version.py").read_text().split("__version__", 1)[1])
     common = flags(torch, archs)
@@ -181,7 +183,7 @@ def compile_all(toolkit: Toolkit, torch: TorchInstall, archs: list[str], build_d
         return target
 
     with ThreadPoolExecutor(max(1, jobs)) as pool:
-        return list(pool.map(compile_one, sources()))
+        return list(pool.map(compile_one, [source for source in sources() if source.match(pattern)]))
 
 
 def link(toolkit: Toolkit, objects: list[Path], build_dir: Path, output: Path) -> None:
@@ -267,6 +269,11 @@ def main() -> int:
     parser.add_argument(
         "--why-not", action="store_true", help="build nothing; exit 1 and print why nothing can be built here"
     )
+    parser.add_argument(
+        "--compile-only",
+        metavar="PATTERN",
+        help="compile matching sources (router_*.cu), link nothing: do they compile?",
+    )
     args = parser.parse_args()
     if args.why_not:
         try:
@@ -278,6 +285,12 @@ def main() -> int:
     try:
         if args.if_needed and up_to_date(args.output):
             print(f"{args.output} is up to date")
+            return 0
+        if args.compile_only:
+            torch, toolkit = check_torch_and_toolkit(cross=args.cross)
+            jobs = args.jobs or int(os.environ.get("MAX_JOBS") or 0) or os.cpu_count() or 1
+            made = compile_all(toolkit, torch, choose_archs(), ROOT / "build/csrc", jobs, args.compile_only)
+            print(f"{len(made)} sources compile for sm_{', '.join(choose_archs())}")
             return 0
         print(build(args.output, cross=args.cross, jobs=args.jobs))
     except BuildError as error:

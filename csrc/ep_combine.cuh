@@ -109,8 +109,8 @@ __device__ __forceinline__ SlotList list_slots(const PartialArgs& args, int64_t 
 
 // Sums over the rows of one compact row, piece after piece of 32 * V columns; the next piece's loads are in flight while
 // this one's rows are added. A result of the tree is never -0, so an absent block may be added as +0: kBlocks running
-// sums, one a block of the tree, joined pairwise by straight-line code. (TreeStack skips them instead: its branches took
-// 8 us a piece in these kernels, which have few warps.)
+// sums, one a block of the tree, joined pairwise by straight-line code. (TreeStack skips them instead, by branches, which
+// these kernels have too few warps to hide.)
 template <typename T, int V, int kBlocks>
 struct PartialRow {
   static constexpr int kAhead = 6;
