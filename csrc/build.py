@@ -159,7 +159,7 @@ def read_with_headers(source: Path) -> list[bytes]:
 def compile_all(
     toolkit: Toolkit, torch: TorchInstall, archs: list[str], build_dir: Path, jobs: int, pattern: str = "*"
 ) -> list[Path]:
-    """Compile every source whose name matches in parallel; an object is reused while source, its headers and flags are the same."""
+    """Compile all matching sources in parallel; an object is reused while source, headers and flags are the same."""
     build_dir.mkdir(parents=True, exist_ok=True)
     version = re.search(r'"([^"]+)"', (ROOT / "moe_layer/_version.py").read_text().split("__version__", 1)[1])
     common = flags(torch, archs)
