@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from dispatch_peers import CopyDispatcher, UndedupedDispatcher, dispatch_config
-from dispatch_timing import Meter, Samples, in_graph
+from dispatch_timing import Meter, Samples
+from graphs import in_graph
 from torch.distributed.device_mesh import init_device_mesh
 
 from moe_layer import MoELayer, parallelize

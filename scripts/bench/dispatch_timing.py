@@ -86,18 +86,3 @@ class Meter:
             slowest = [[max(values) for values in zip(*(rank[name][i] for rank in every), strict=True)] for i in (0, 1)]
             found[name] = (statistics.median(slowest[0]), statistics.median(slowest[1]))
         return found
-
-
-def in_graph(step: Callable[[], Any]) -> Callable[[], Any]:
-    """The step captured in a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog thread queries events meanwhile
-        step()
-    return graph.replay

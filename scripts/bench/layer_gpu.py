@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import layer_parts as parts  # noqa: E402
 import torch  # noqa: E402
+from graphs import in_graph  # noqa: E402
 from layer_peer import Peer, PeerError, agreement, peer_columns  # noqa: E402
 from layer_shapes import GOALS, SHAPES  # noqa: E402
 
@@ -67,7 +68,7 @@ def measure(name: str, arguments: argparse.Namespace, rates: dict[str, float], p
     first_step = time.perf_counter() - began
     imbalance = parts.skew(ours, x) if arguments.zipf else None
     found = peer_row(peer, ours, x, upstream, shape, arguments)
-    variants = {"eager": step, "graph": parts.in_graph(step), "gemms": parts.six_gemms(ours, x, upstream)}
+    variants = {"eager": step, "graph": in_graph(step), "gemms": parts.six_gemms(ours, x, upstream)}
     if not arguments.no_grouped_mm:
         twin = parts.make_layer(shape, "grouped_mm", losses=arguments.losses)
         twin.load_state_dict(ours.state_dict())
@@ -154,11 +155,11 @@ def measure_main_grad(name: str, arguments: argparse.Namespace) -> dict[str, Any
         for total, parameter in zip(totals, matrices, strict=True):
             total.add_(parameter.grad)
 
-    runs = {"bf16": parts.in_graph(plain), "separate_add": parts.in_graph(separate)}
+    runs = {"bf16": in_graph(plain), "separate_add": in_graph(separate)}
     for parameter, total in zip(matrices, totals, strict=True):
         parameter.main_grad = total
     plain()
-    runs["main_grad"] = parts.in_graph(plain)
+    runs["main_grad"] = in_graph(plain)
     times: dict[str, list[float]] = {variant: [] for variant in runs}
     for _ in range(arguments.runs):
         for variant, function in runs.items():

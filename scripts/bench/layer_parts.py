@@ -77,19 +77,6 @@ def make_step(layer: MoELayer, x: Tensor, upstream: Tensor) -> Step:
     return step
 
 
-def in_graph(step: Step) -> Step:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 def six_gemms(layer: MoELayer, x: Tensor, upstream: Tensor) -> Step:
     """The expert MLP alone, on the layer's own routing."""
     with torch.no_grad():

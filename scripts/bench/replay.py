@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from graphs import in_graph  # noqa: E402
 
 from moe_layer import MoELayer, RoutingSession, RoutingTrace, load_config  # noqa: E402
 from moe_layer.experts.backend import resolve  # noqa: E402
@@ -154,19 +155,6 @@ def _repeated(case: Callable[[], None]) -> Callable[[], None]:
             case()
 
     return several
-
-
-def in_graph(case: Callable[[], None]) -> Callable[[], None]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            case()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        case()
-    return graph.replay
 
 
 def in_a_row(on_gpu: bool) -> Callable[[Callable[[], None]], float]:
