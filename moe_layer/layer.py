@@ -165,7 +165,7 @@ class MoELayer(nn.Module):
             RoutingError: shapes, dtypes or devices that do not fit.
         """
         self._check_input(x, valid)
-        x_TD = rearrange(x, "... d -> (...) d")
+        x_TD = x if x.ndim == 2 else rearrange(x, "... d -> (...) d")
         valid_T = None if valid is None else valid.reshape(-1)
         late = LateProduct() if x.is_cuda and not torch.compiler.is_compiling() else None
         routed_TD, shared_TD, gate_TD = fan_out(x_TD, 3, late)
@@ -181,7 +181,7 @@ class MoELayer(nn.Module):
         rows, add_TD = self._mlp(received, shared_TD)
         y_TD = self.dispatcher.combine(rows, received, add=add_TD)
 
-        y = y_TD.reshape(x.shape)
+        y = y_TD if x.ndim == 2 else y_TD.reshape(x.shape)
         return (y, routing.detach()) if return_routing else y
 
     def _mlp(self, received: Received, x_TD: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -12,6 +11,7 @@ from torch import Tensor
 import moe_layer.ops.experts as op
 from moe_layer.experts import grouped_mm, quack, reference
 from moe_layer.experts.spec import ExpertsSpec, Layout, RowGradient, Weights, WeightTargets
+from moe_layer.ops.cast import cast, dense, no_autocast
 from moe_layer.ops.gather_rows import gather_rows
 from moe_layer.ops.stash import pack_fp8, unpack_fp8
 from moe_layer.ops.tree_reduce import reduction_blocks, tree_reduce
@@ -20,25 +20,16 @@ from moe_layer.types import GradientLink
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "grouped_mm": grouped_mm, "quack": quack}
 
 
-def _no_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
-
-
 def _cast(weights: Weights, dtype: torch.dtype) -> Weights:
-    def cast(weight: Tensor) -> Tensor:
-        return weight.detach().to(dtype).contiguous()
-
-    gate_up_bias, down_bias = (None if bias is None else cast(bias) for bias in weights[2:])
-    return Weights(cast(weights.gate_up), cast(weights.down), gate_up_bias, down_bias)
+    gate_up_bias, down_bias = (None if bias is None else dense(bias, dtype) for bias in weights[2:])
+    return Weights(dense(weights.gate_up, dtype), dense(weights.down, dtype), gate_up_bias, down_bias)
 
 
 def run_forward(layout: Layout, weights: Weights, spec: ExpertsSpec) -> tuple[Tensor, Tensor]:
     """rows [N, D] in x's dtype and what backward wants of H (see the backend; packed under `keep_h: fp8`)."""
-    with _no_autocast(layout.x.device.type):
+    with no_autocast(layout.x.device.type):
         rows_ND, h = BACKENDS[spec.backend].forward(layout, _cast(weights, spec.compute_dtype), spec)
-        return rows_ND.to(layout.x.dtype), pack_fp8(h) if spec.keep_h == "fp8" else h
+        return cast(rows_ND, layout.x.dtype), pack_fp8(h) if spec.keep_h == "fp8" else h
 
 
 def row_gradient(d_rows_ND: Tensor, link: GradientLink | None) -> RowGradient:
@@ -62,12 +53,12 @@ def run_backward(
     main_grads: Sequence[Tensor | None] = (None, None, None, None),
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, probs and the four weights, None where `needs` is False or where they went to a main_grad."""
-    with _no_autocast(layout.x.device.type):
+    with no_autocast(layout.x.device.type):
         targets = _targets(weights, needs[2:], main_grads)
         if spec.keep_h == "fp8":
             h = unpack_fp8(h, weights.gate_up.shape[1], spec.compute_dtype)
         d_x, d_probs = BACKENDS[spec.backend].backward(
-            RowGradient(d_out.rows.to(spec.compute_dtype).contiguous(), d_out.index),
+            RowGradient(dense(d_out.rows, spec.compute_dtype), d_out.index),
             h,
             layout,
             _cast(weights, spec.compute_dtype),
@@ -100,7 +91,7 @@ def _targets(weights: Weights, needs: Sequence[bool], main_grads: Sequence[Tenso
 def _to_source_rows(d_x_ND: Tensor, layout: Layout, spec: ExpertsSpec) -> Tensor:
     """d(gathered rows) -> d(x): compact rows sum their slots by the tree that dispatch uses in expert-major mode."""
     if layout.index is None:
-        return d_x_ND.to(layout.x.dtype)
+        return cast(d_x_ND, layout.x.dtype)
     d_x_CD = tree_reduce(
         d_x_ND,
         layout.row_CK,
@@ -109,7 +100,7 @@ def _to_source_rows(d_x_ND: Tensor, layout: Layout, spec: ExpertsSpec) -> Tensor
         blocks=reduction_blocks(spec.num_experts),
         like_rows=d_x_ND.dtype == layout.x.dtype,
     )
-    return d_x_CD.to(layout.x.dtype)
+    return cast(d_x_CD, layout.x.dtype)
 
 
 def _split(arguments: tuple) -> tuple[Layout, Weights, ExpertsSpec, tuple]:

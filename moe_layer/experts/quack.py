@@ -26,6 +26,7 @@ from torch import Tensor
 from moe_layer.experts import quack_plans as plans
 from moe_layer.experts.spec import ExpertsSpec, Layout, RowGradient, Weights, WeightTargets
 from moe_layer.experts.tiles import choose_tiles, row_buckets
+from moe_layer.ops.cast import dense
 
 INSTALL = "pip install 'moe-layer[hopper]'"
 
@@ -65,7 +66,7 @@ def obstacle(
 def forward(layout: Layout, weights: Weights, spec: ExpertsSpec) -> tuple[Tensor, Tensor]:
     """rows [N, D] and H (its layout is this file's own; [0, 2F] unless `spec.save_h`)."""
     num_rows, (hidden, width) = layout.num_rows, weights.down.shape[1:]
-    x = layout.x.to(spec.compute_dtype).contiguous()
+    x = dense(layout.x, spec.compute_dtype)
     if num_rows == 0:
         return x.new_empty(0, hidden), x.new_empty(0, 2 * width)
     tiles = choose_tiles(rows_per_expert=num_rows / weights.down.shape[0], hidden=hidden, width=width)
@@ -92,7 +93,7 @@ def backward(
     if num_rows == 0:
         return _empty_backward(layout, targets, hidden, need_x=need_x)
     tiles = choose_tiles(rows_per_expert=num_rows / weights.down.shape[0], hidden=hidden, width=width)
-    x = layout.x.to(spec.compute_dtype).contiguous()
+    x = dense(layout.x, spec.compute_dtype)
     ends = layout.offsets
     if not spec.save_h:
         h_N2F, _ = plans.gate_up(x, weights.gate_up, layout.probs, offsets=ends, index=layout.index, tile=tiles.up)

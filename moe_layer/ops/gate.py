@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_layer.ops.cast import cast, no_autocast
 from moe_layer.ops.fan_out import LateProduct
 
 
@@ -54,12 +55,11 @@ def gate_logits(
     Returns:
         `[T, E]`: fp32 for half-precision inputs unless `input`, else x's dtype.
     """
-    with torch.autocast(x_TD.device.type, enabled=False):
+    with no_autocast(x_TD.device.type):
         if gate_dtype == "input" or x_TD.dtype in (torch.float32, torch.float64):
-            weight = weight.to(x_TD.dtype)
-            return F.linear(x_TD, weight, None if bias is None else bias.to(x_TD.dtype))
+            return F.linear(x_TD, cast(weight, x_TD.dtype), None if bias is None else cast(bias, x_TD.dtype))
         if gate_dtype == "fp32_out" and x_TD.is_cuda:
-            logits_TE = _Fp32OutLinear.apply(x_TD, weight.to(x_TD.dtype), late)
+            logits_TE = _Fp32OutLinear.apply(x_TD, cast(weight, x_TD.dtype), late)
         else:
             logits_TE = F.linear(x_TD.float(), weight.float())
         return logits_TE if bias is None else logits_TE + bias.float()

@@ -345,7 +345,7 @@ def route_topk(
     num_tokens = lead.numel()
 
     def rows(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.reshape(num_tokens, tensor.shape[-1])
+        return tensor if tensor is None or tensor.ndim == 2 else tensor.reshape(num_tokens, tensor.shape[-1])
 
     flat_valid = None if valid is None else valid.reshape(num_tokens)
     tensors = (rows(logits), expert_bias, rows(replay_ids), rows(replay_weights), flat_valid, cu_seqlens)
