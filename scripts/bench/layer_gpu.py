@@ -14,7 +14,6 @@ speed", each kernel beside its roofline, host microseconds, launches, saved byte
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import statistics
@@ -33,6 +32,7 @@ import torch  # noqa: E402
 from graphs import in_graph  # noqa: E402
 from layer_peer import Peer, PeerError, agreement, peer_columns  # noqa: E402
 from layer_shapes import GOALS, SHAPES  # noqa: E402
+from peer_scatter import is_installed, scatter_step  # noqa: E402
 
 from moe_layer.ops import _ext  # noqa: E402
 
@@ -73,6 +73,10 @@ def measure(name: str, arguments: argparse.Namespace, rates: dict[str, float], p
         twin = parts.make_layer(shape, "grouped_mm", losses=arguments.losses)
         twin.load_state_dict(ours.state_dict())
         variants["grouped_mm"] = parts.make_step(twin, x, upstream)
+    scatter: dict[str, Any] = {"scattermoe": "not installed"}
+    if is_installed():
+        variants["scattermoe"], error = scatter_step(ours, x, upstream)
+        scatter = {"scattermoe": {"median_error_of_y": round(error, 5)}}
     times = interleave(variants, arguments, peer, found)
     steps = parts.timeline(step)
     if arguments.profile:
@@ -92,7 +96,7 @@ def measure(name: str, arguments: argparse.Namespace, rates: dict[str, float], p
         "spread_ms": {variant: [round(min(v), 4), round(max(v), 4)] for variant, v in times.items() if v},
         "six_gemms_plus_combines_ms": round(median["gemms"] + combines, 4),
         **({} if peer is None else {"peer": found, **peer_columns(times, "sonic", GOALS[name])}),
-        "scattermoe": "not installed" if importlib.util.find_spec("scattermoe") is None else "installed, not run",
+        **scatter,
         "kernels_us": parts.parts_of(steps),
         "roofline_us": parts.rooflines(shape, **rates),
         "launches": len(steps),
