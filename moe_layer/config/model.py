@@ -64,8 +64,10 @@ class ExpertsConfig:
     """swiglu_clamped: slope inside the sigmoid."""
     bias: bool = False
     """Expert biases on both projections; the second is multiplied by the routing probability."""
-    backend: Literal["auto", "reference", "grouped_mm", "quack"] = "auto"
-    """Implementation of the grouped MLP."""
+    backend: Literal["auto", "reference", "grouped_mm", "quack", "transformer_engine"] = "auto"
+    """Implementation of the grouped MLP; auto never takes transformer_engine."""
+    fp8_recipe: Literal["none", "delayed", "current", "blockwise"] = "none"
+    """transformer_engine: the GEMMs' FP8 scaling; per tensor from past steps, per tensor now, or per 1x128 block."""
     recompute: Literal["none", "h", "fp8_h"] = "none"
     """What is kept of the gate/up projection for backward: all of it; `h`: nothing, it is computed again; `fp8_h`: one
     byte an element, whose rounding reaches the gradients."""

@@ -141,6 +141,13 @@ def experts(c: model.ExpertsConfig) -> Problems:
             f"recompute (fp8_h) needs an even intermediate_size, got {c.intermediate_size}; "
             "round it up or use recompute h"
         )
+    if c.backend != "transformer_engine":
+        yield from _ineffective(c, ("fp8_recipe",), "backend transformer_engine")
+    elif c.recompute != "none":
+        yield (
+            f"recompute ({c.recompute}) cannot be had with backend transformer_engine, which keeps what its GEMMs need "
+            "itself; use recompute none or backend auto"
+        )
     if c.weight_format != "input" and c.backend not in ("auto", "reference"):
         yield f"backend ({c.backend}) cannot run weight_format {c.weight_format}; use backend auto"
     if c.weight_format != "input":
@@ -215,6 +222,11 @@ def _packed(c: model.MoEConfig) -> Problems:
         yield (
             f"shared_expert.mode (packed) needs shared_expert.intermediate_size ({shared.intermediate_size}) equal to "
             f"experts.intermediate_size ({e.intermediate_size}); make them equal or use mode overlap"
+        )
+    if e.backend == "transformer_engine":
+        yield (
+            "shared_expert.mode (packed) cannot be had with experts.backend transformer_engine, whose GEMMs take the "
+            "routed experts alone; use mode overlap"
         )
     for key, value, wanted in (
         ("activation", e.activation, "swiglu"),

@@ -7,7 +7,7 @@ import warnings
 
 import torch
 
-from moe_layer.experts import grouped_mm, quack
+from moe_layer.experts import grouped_mm, quack, transformer_engine
 
 
 @functools.cache
@@ -24,8 +24,9 @@ def resolve(
     width: int,
     activation: str = "swiglu",
     bias: bool = False,
+    fp8_recipe: str = "none",
 ) -> str:
-    """`reference`, `grouped_mm` or `quack` for operands of this device and dtype.
+    """`reference`, `grouped_mm`, `quack` or, by name only, `transformer_engine` for operands of this device and dtype.
 
     `auto` takes the loop on CPU, where it is faster than torch's grouped GEMM (docs/benchmarks/cpu_layer.jsonl), QuACK
     on Hopper and grouped_mm on other GPUs. Each step down on a GPU warns once, with the reason and the remedy.
@@ -35,6 +36,13 @@ def resolve(
     """
     if backend == "reference" or (backend == "auto" and device.type == "cpu"):
         return "reference"
+    if backend == "transformer_engine":
+        obstacle = transformer_engine.obstacle(
+            device, dtype, fp8_recipe=fp8_recipe, bias=bias, hidden_size=hidden_size, width=width
+        )
+        if obstacle is not None:
+            raise ValueError(f"experts.backend is transformer_engine, but {obstacle}; or set experts.backend to auto")
+        return backend
     if backend in ("auto", "quack"):
         obstacle = quack.obstacle(device, dtype, activation=activation, bias=bias, hidden_size=hidden_size, width=width)
         if obstacle is None:

@@ -67,7 +67,7 @@ def run_backward(
             need_x=needs[0],
         )
         if d_x is not None:
-            d_x = _to_source_rows(d_x, layout, spec)
+            d_x = to_source_rows(d_x, layout, spec)
         d_weights = tuple(
             None if target is None or add else target
             for target, add in zip(targets[:4], targets.accumulate, strict=True)
@@ -88,7 +88,7 @@ def _targets(weights: Weights, needs: Sequence[bool], main_grads: Sequence[Tenso
     return WeightTargets(*targets, accumulate=accumulate)
 
 
-def _to_source_rows(d_x_ND: Tensor, layout: Layout, spec: ExpertsSpec) -> Tensor:
+def to_source_rows(d_x_ND: Tensor, layout: Layout, spec: ExpertsSpec) -> Tensor:
     """d(gathered rows) -> d(x): compact rows sum their slots by the tree that dispatch uses in expert-major mode."""
     if layout.index is None:
         return cast(d_x_ND, layout.x.dtype)

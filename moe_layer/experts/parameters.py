@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_layer.config.model import ExpertsConfig
-from moe_layer.experts import quack, quantized
+from moe_layer.experts import quack, quantized, transformer_engine
 from moe_layer.experts.autograd import experts_mlp
 from moe_layer.experts.backend import resolve
 from moe_layer.experts.spec import ExpertsSpec, Layout, Weights
@@ -55,6 +55,7 @@ class Experts(nn.Module):
         self.config = config
         self.hidden_size = hidden_size
         self._quantized = quantized.QuantizedWeights()
+        self._grouped_linears = transformer_engine.GroupedLinears()
         width = config.intermediate_size
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -132,6 +133,15 @@ class Experts(nn.Module):
                 alpha=float(config.clamp_alpha),
                 cache=self._quantized,
             )
+        if spec.backend == "transformer_engine":
+            return transformer_engine.forward(
+                layout,
+                weights,
+                spec,
+                parameters=parameters,
+                fp8_recipe=config.fp8_recipe,
+                modules=self._grouped_linears,
+            )
         return experts_mlp(layout, weights, spec, parameters=parameters, link=received.link)
 
     def spec(self, received: Received) -> ExpertsSpec:
@@ -178,6 +188,7 @@ class Experts(nn.Module):
             dtype,
             activation=config.activation,
             bias=config.bias,
+            fp8_recipe=config.fp8_recipe,
             hidden_size=self.hidden_size,
             width=config.intermediate_size,
         )

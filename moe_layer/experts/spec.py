@@ -17,7 +17,7 @@ class ExpertsSpec:
     """Static facts of one call.
 
     Attributes:
-        backend: `reference` or `grouped_mm`, resolved.
+        backend: `reference`, `grouped_mm`, `quack` or `transformer_engine`, resolved.
         activation, limit, alpha: see `moe_layer.ops.glu`.
         keep_h: what of the gate/up projection is kept for backward: `input` all of it, `fp8` one byte an element
             (`moe_layer.ops.stash`), `none` nothing: it is computed again.

@@ -11,6 +11,7 @@ peer that does not import is replaced by the eager and the compiled reference. R
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import statistics
 import subprocess
@@ -284,6 +285,8 @@ def bench(name: str, dtype: torch.dtype, args: argparse.Namespace, ceiling: floa
     host = host_microseconds(calls["ours forward"])
     per_graph = max(sets, 8)
     times = medians({key: (capture(call, per_graph), per_graph) for key, call in calls.items()}, args.rounds)
+    if "te forward+backward" in times:
+        times["te backward"] = times["te forward+backward"] - times["te forward"]
     forward = times["ours forward"]
     moved = shape.tokens * (shape.experts * dtype.itemsize + shape.top_k * 8)
     row = {
@@ -302,6 +305,8 @@ def bench(name: str, dtype: torch.dtype, args: argparse.Namespace, ceiling: floa
         "sm_mhz": sm_clock(),
         "goal_forward": GOALS.get(name),
     }
+    if "te" in args.peers:
+        row["transformer_engine"] = importlib.metadata.version("transformer-engine")
     return row | {"warm_l2": args.warm} | provenance()
 
 

@@ -178,6 +178,7 @@ LAYER_CASES = (
     Case("moe.experts.clamp_alpha", "3.0", numbers, CLAMPED),
     Case("moe.experts.bias", "true", state),
     Case("moe.experts.backend", "grouped_mm", numbers_fp64, raises="experts.backend is grouped_mm, but"),
+    Case("moe.experts.backend", "transformer_engine", numbers, raises="experts.backend is transformer_engine, but"),
     Case("moe.experts.recompute", "h", saved_bytes),
     Case("moe.experts.init_std", "0.1", numbers),
     Case("moe.experts.weight_format", "int8", evaluated),
