@@ -1,0 +1,92 @@
+"""The nvlink dispatcher on four GPUs of one host: the cases of two, and a rank that is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moe_layer.errors import DispatchTimeout
+from moe_layer.parallel import compat
+from moe_layer.parallel.context import ParallelContext
+from moe_layer.types import Routing
+from tests.distributed.cases import make_case, run_case
+from tests.distributed.pool import Pool
+from tests.gpu import test_nvlink_gpu as two
+
+RANKS = 4
+KILLED = 2
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.dist,
+    pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason=f"needs {RANKS} CUDA GPUs"),
+]
+
+
+def _context(deadline_s: float) -> ParallelContext:
+    rank = dist.get_rank()
+    torch.cuda.set_device(rank)
+    group = compat.new_group(list(range(RANKS)), backend="nccl", timeout_s=deadline_s + 30)
+    store = compat.prefixed(compat.default_store(), "nvlink")
+    return ParallelContext(group, ep_rank=rank, ep_size=RANKS, device=f"cuda:{rank}", store=store, owned=(group,))
+
+
+def on_four(name: str) -> Any:
+    """A case of the two-GPU tests on this rank's GPU."""
+    context = _context(20.0)
+    device = f"cuda:{context.ep_rank}"
+    try:
+        if name in ("bits", "large"):
+            return two.bits_case(context, device, large=name == "large")
+        return {"graph": two.graph_case, "overflow": two.overflow_case, "handles": two.handles_case}[name](
+            context, device
+        )
+    finally:
+        context.close()
+
+
+def killed_rank() -> tuple[str, float]:
+    """One rank dies between two dispatches; what the others are told, and after how many seconds."""
+    context = _context(2.0)
+    case = two._on(make_case(2, T=16, D=16, E=8, K=2), f"cuda:{context.ep_rank}")
+    config = two._config(deadline_s=2.0)
+    run_case(case, config, context)
+    torch.cuda.synchronize()
+    if context.ep_rank == KILLED:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dispatcher = two.make_dispatcher_alone(config, context, num_experts=8, top_k=2)
+    start = time.monotonic()
+    with pytest.raises(DispatchTimeout) as found:
+        dispatcher.dispatch(case.x_TD, Routing.from_ids(case.ids_TK, case.w_TK, num_experts=8))
+    return str(found.value), time.monotonic() - start
+
+
+@pytest.fixture()
+def pool() -> Iterator[Pool]:
+    pool = Pool(RANKS)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize("name", ["bits", "large", "graph", "handles", "overflow"])
+def test_four_gpus(pool: Pool, name: str) -> None:
+    for answer in pool.run(on_four, name, timeout_s=80.0):
+        if name == "overflow":
+            assert "raise dispatch.static_factor" in answer
+        else:
+            assert answer
+
+
+def test_a_killed_rank_is_named_in_time(pool: Pool) -> None:
+    answers = pool.run(killed_rank, timeout_s=60.0, lost=KILLED)
+    for rank, answer in enumerate(answers):
+        if rank == KILLED:
+            continue
+        text, seconds = answer
+        assert f"rank {KILLED} reached epoch" in text and seconds < 4.5, (rank, text, seconds)
