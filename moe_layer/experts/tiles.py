@@ -49,9 +49,9 @@ def default_tiles(*, rows_per_expert: float, width: int) -> Tiles:
     small = rows_per_expert < SMALL_GROUP
     narrow = width <= 256
     return Tiles(
-        up=Tile(128, 256, 1, 1, False) if small else Tile(128, 192, 2, 1, True),
+        up=Tile(64, 256, 2, 1, True) if small else Tile(128, 192, 2, 1, True),
         down=Tile(128, 192, 1, 2, True) if narrow else Tile(128, 256, 1, 2, False),
-        d_activation=Tile(128, 128, 1 if small else 2, 1, True),
+        d_activation=Tile(64, 256, 2, 1, True),
         d_down=Tile(128, 256, 2, 1, False),
         d_x=Tile(128, 192, 2, 1, True) if narrow else Tile(128, 256, 1, 2, False),
         d_gate_up=Tile(128, 256, 2, 1, False),
