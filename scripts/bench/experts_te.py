@@ -4,7 +4,8 @@
     python scripts/bench/experts_te.py --out docs/benchmarks/te_h200.jsonl
 
 One layer, its weights in every variant: `auto` (QuACK where installed), `grouped_mm`, and `transformer_engine` under
-each FP8 recipe. Eager steps, taken in turns, medians; host microseconds a step; how far y is from the first variant's.
+each FP8 recipe. Eager steps, taken in turns, medians; host microseconds a step; launches and the sum of their times
+(TE's GEMMs run on several streams); how far y is from the first variant's.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def measure(name: str, runs: int, steps: int) -> dict[str, Any]:
             value = parts.milliseconds(step, steps)
             if run >= 2:
                 times[key].append(value)
+    kernels = {key: parts.timeline(step) for key, step in variants.items()}
     return {
         "bench": "experts_te",
         "shape": name,
@@ -81,6 +83,8 @@ def measure(name: str, runs: int, steps: int) -> dict[str, Any]:
         "ms": {key: round(statistics.median(values), 4) for key, values in times.items()},
         "spread_ms": {key: [round(min(values), 4), round(max(values), 4)] for key, values in times.items()},
         "host_us": {key: round(parts.host_microseconds(step), 1) for key, step in variants.items()},
+        "launches": {key: len(found) for key, found in kernels.items()},
+        "sum_of_kernels_ms": {key: round(sum(us for _, us in found) / 1e3, 4) for key, found in kernels.items()},
         "relative_difference_of_y": errors,
         "failed": failed,
         "gpu": torch.cuda.get_device_name(),
