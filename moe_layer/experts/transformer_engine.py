@@ -69,6 +69,7 @@ def _recipe_obstacle(fp8_recipe: str) -> str | None:
     return None if available else f"fp8_recipe {fp8_recipe} cannot run here ({reason}); use fp8_recipe none"
 
 
+@functools.cache  # TE names a recipe by its text, made once for each object
 def make_recipe(fp8_recipe: str) -> Any:
     """TE's recipe object, None for `none`.
 
