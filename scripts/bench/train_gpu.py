@@ -1,102 +1,212 @@
 #!/usr/bin/env python3
-"""Train h200_1gpu.yaml on one GPU with the fast path, then its first steps with `backend: reference`, and compare.
+"""Train h200_1gpu.yaml on one GPU with several expert backends, same data, seed and schedule, and compare the losses.
 
-    python scripts/bench/train_gpu.py --out runs/h200_1gpu [--steps 300] [--global-batch 16]
+    python scripts/bench/train_gpu.py --out runs/h200_1gpu --steps 300 [key=value]
 
-Prints and writes to OUT/result.json: MFU and tokens/s (median of the last 100 steps), the largest difference of the
-first 50 training losses (goal: at most 0.02), and the seconds each run took. Both runs have the same data, seed and
-schedule: the learning rate rises over the compared steps, however many follow. More key=value overrides may follow,
-for both runs.
+    fast        the configuration as it is (QuACK where it is installed)
+    grouped_mm  torch's grouped GEMM
+    nudged      `fast` with one weight of the first layer moved to the next number of its dtype: how far apart they come
+                is how far the trajectory itself carries a rounding
+    reference   the per-expert loop
+
+The first run trains `--steps` steps, the others `--compare`. OUT gets RUN.jsonl (loss, gradient norm and learning rate
+of every step) and result.json: MFU and tokens/s (median of the last 100 steps), and for each pair of runs the largest
+difference of the losses, the first step above 0.02, and the largest relative difference of the first three gradient
+norms. `--gradients N` also compares every parameter's gradient, before training and after the first run, on N
+sequences: each backend's relative distance from the same model in fp32. A backend with a defect is farther than the
+others; rounding gives all of them the same distance.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import gc
+import itertools
 import json
 import statistics
-import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from moe_layer.config import load_config  # noqa: E402
+from moe_layer.config.train import TrainConfig  # noqa: E402
+from moe_layer.observe.metrics import format_line  # noqa: E402
+from moe_layer.train.data import Sampler, TextData, load_text  # noqa: E402
+from moe_layer.train.loop import Trainer  # noqa: E402
+from moe_layer.train.model import Decoder, token_losses  # noqa: E402
+from moe_layer.train.optim import Optimizer  # noqa: E402
+from moe_layer.train.run import build_model  # noqa: E402
+from moe_layer.train.world import World, join  # noqa: E402
+
+LIMIT = 0.02
+RUNS = {"fast": "auto", "grouped_mm": "grouped_mm", "nudged": "auto", "reference": "reference"}
+Records = list[dict[str, Any]]
 
 
-def train(out: Path, overrides: list[str], *, seconds: int) -> tuple[list[dict[str, Any]], float]:
-    """Records of a run's metrics.jsonl and how long it took.
+def with_backend(config: TrainConfig, backend: str) -> TrainConfig:
+    experts = dataclasses.replace(config.moe.experts, backend=backend)
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, experts=experts))
 
-    Raises:
-        SystemExit: it failed or took longer than `seconds`.
-    """
-    command = [
-        sys.executable,
-        "-m",
-        "moe_layer",
-        "train",
-        "configs/train/h200_1gpu.yaml",
-        "--out",
-        str(out),
-        *overrides,
-    ]
+
+def set_backend(model: Decoder, backend: str) -> None:
+    for layer in model.moe_layers():
+        layer.experts.config = dataclasses.replace(layer.experts.config, backend=backend)
+
+
+@torch.no_grad()
+def nudge(model: Decoder) -> None:
+    """The first weight of the first layer's first expert, one unit in the last place farther from zero."""
+    weight = next(model.moe_layers()).experts.down_proj
+    bits = {2: torch.int16, 4: torch.int32}[weight.element_size()]
+    weight.view(-1)[:1].view(bits).add_(1)
+
+
+def train(name: str, config: TrainConfig, *, steps: int, text: TextData, world: World) -> tuple[Records, Decoder]:
+    """Records of `steps` steps, and the trained model."""
     began = time.perf_counter()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    log = Path(f"{out}.log")
-    try:
-        with log.open("w") as file:
-            done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        raise SystemExit(f"{' '.join(command)} took more than {seconds} s; see {log}") from None
-    if done.returncode != 0:
-        print("\n".join(log.read_text().splitlines()[-15:]), flush=True)
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}; see {log}")
-    took = time.perf_counter() - began
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()], took
+    model = build_model(with_backend(config, RUNS[name]), world)
+    if name == "nudged":
+        nudge(model)
+    optimizer = Optimizer(model, config.optimizer, device=world.device)
+    trainer = Trainer(config, model=model, optimizer=optimizer, text=text, world=world)
+    records: Records = []
+    for step in range(steps):
+        lr = trainer.train_step(step)
+        values = trainer.collect(step + 1)
+        if step % 10 == 0 or step + 1 == steps:
+            print(name, format_line(step + 1, steps, values), flush=True)
+        values.pop("moe/counts")
+        records.append({"step": step + 1, "opt/lr": lr, **values})
+    print(f"{name}: {steps} steps in {time.perf_counter() - began:.1f} s with its start", flush=True)
+    return records, model
 
 
-def losses(records: list[dict[str, Any]], count: int) -> list[float]:
-    """Training losses of the first `count` steps."""
-    found = {record["step"]: record["loss/train"] for record in records if "loss/train" in record}
-    return [found[step] for step in sorted(found)][:count]
+def compare(a: Records, b: Records) -> dict[str, Any]:
+    """Where two runs part."""
+    found = [abs(x["loss/train"] - y["loss/train"]) for x, y in zip(a, b, strict=False)]
+    norms = [abs(x["opt/grad_norm"] / y["opt/grad_norm"] - 1) for x, y in zip(a, b, strict=False)]
+    return {
+        "steps": len(found),
+        "largest": round(max(found), 5),
+        "at_step": found.index(max(found)) + 1,
+        "first_above_0.02": next((i + 1 for i, value in enumerate(found) if value > LIMIT), None),
+        "steps_1_to_3": [round(value, 6) for value in found[:3]],
+        "rms": round(statistics.fmean(value * value for value in found) ** 0.5, 5),
+        "norms_1_to_3": round(max(norms[:3]), 5),
+    }
+
+
+def gradients(model: Decoder, rows_BS: Tensor) -> dict[str, Tensor]:
+    """Every parameter's gradient of the mean loss over the rows, one sequence at a time added in fp32."""
+    total: dict[str, Tensor] = {}
+    for row in rows_BS:
+        model.zero_grad(set_to_none=True)
+        tokens = row.to(model.embedding.weight.device).long().unsqueeze(0)
+        token_losses(model(tokens[:, :-1]).logits, tokens[:, 1:]).mean().backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                total[name] = parameter.grad.float() + total.get(name, 0)
+    model.zero_grad(set_to_none=True)
+    return total
+
+
+def gradient_distances(model: Decoder, config: TrainConfig, rows_BS: Tensor) -> dict[str, dict[str, float]]:
+    """Per kind of parameter and backend: |g - g_fp32| / |g_fp32| over all layers, all with the weights of `model`."""
+    wide = Decoder(config.model, config.moe, device=rows_BS.device, dtype=torch.float32)
+    wide.load_state_dict(model.state_dict())
+    set_backend(wide, "reference")
+    truth = gradients(wide, rows_BS)
+    del wide
+    out: dict[str, dict[str, float]] = defaultdict(dict)
+    for layer in model.moe_layers():
+        layer.set_loss_scale(1.0)  # a trainer's is 1 / micro-batches
+    for backend in ("auto", "grouped_mm", "reference"):
+        set_backend(model, backend)
+        squares: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for name, gradient in gradients(model, rows_BS).items():
+            kind = ".".join(part for part in name.split(".") if not part.isdigit())
+            squares[kind][0] += float((gradient - truth[name]).square().sum())
+            squares[kind][1] += float(truth[name].square().sum())
+        for kind, (error, norm) in squares.items():
+            out[kind][backend] = round((error / max(norm, 1e-30)) ** 0.5, 5)
+    return dict(out)
+
+
+def print_distances(title: str, found: dict[str, dict[str, float]]) -> None:
+    print(f"gradients, relative distance from fp32, {title}:")
+    for kind, row in found.items():
+        print(f"  {kind:<36}", "  ".join(f"{backend} {value:.4f}" for backend, value in row.items()), flush=True)
+
+
+def release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/train/h200_1gpu.yaml")
     parser.add_argument("--out", type=Path, default=Path("runs/h200_1gpu"))
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--global-batch", type=int, default=16, help="sequences of 2048 bytes a step")
-    parser.add_argument("--compare", type=int, default=50, help="steps of the reference run; 0: leave it out")
-    parser.add_argument("--seconds", type=int, default=200, help="limit of each run")
+    parser.add_argument("--steps", type=int, default=300, help="steps of the first run; the schedule's length")
+    parser.add_argument("--compare", type=int, default=50, help="steps of the other runs")
+    parser.add_argument("--runs", default=",".join(RUNS), help="separated by commas; the first trains --steps steps")
+    parser.add_argument("--gradients", type=int, default=0, metavar="N", help="compare gradients on N sequences")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_args()
-    micro = min(16, arguments.global_batch)
-    common = [f"train.global_batch={arguments.global_batch}", f"train.micro_batch={micro}", "train.log_every=1"]
-    common += ["train.val_every=0", "train.checkpoint_every=0", "data.max_bytes=32000000"]
-    common += [f"optimizer.warmup_steps={arguments.compare or 50}", *arguments.overrides]
+    arguments = parser.parse_intermixed_args()
+    runs = arguments.runs.split(",")
+    if unknown := sorted(set(runs) - set(RUNS)):
+        parser.error(f"--runs: {unknown} are none of {', '.join(RUNS)}")
+    overrides = ["data.max_bytes=32000000", f"train.steps={arguments.steps}", *arguments.overrides]
+    config = load_config(ROOT / arguments.config, overrides, kind=TrainConfig)
     out = arguments.out.resolve()
-    fast, took = train(out / "fast", [f"train.steps={arguments.steps}", *common], seconds=arguments.seconds)
-    tail = [record for record in fast if record.get("perf/mfu") is not None][-100:]
-    result: dict[str, Any] = {
-        "steps": arguments.steps,
-        "tokens_per_step": arguments.global_batch * 2048,
-        "seconds": round(took, 1),
-        "tokens_per_s": round(statistics.median(record["perf/tokens_per_s"] for record in tail)) if tail else None,
-        "mfu": round(statistics.median(record["perf/mfu"] for record in tail), 4) if tail else None,
-        "first_loss": round(losses(fast, 1)[0], 4),
-        "last_loss": round(statistics.mean(losses(fast, arguments.steps)[-10:]), 4),
-    }
-    print(json.dumps(result), flush=True)
-    if arguments.compare:
-        overrides = [f"train.steps={arguments.compare}", "moe.experts.backend=reference", *common]
-        slow, took = train(out / "reference", overrides, seconds=arguments.seconds)
-        pairs = list(zip(losses(fast, arguments.compare), losses(slow, arguments.compare), strict=False))
-        worst = max(abs(a - b) for a, b in pairs)
-        result.update(
-            compared_steps=len(pairs), largest_loss_difference=round(worst, 5), reference_seconds=round(took, 1)
-        )
-        result["within_0.02"] = worst <= 0.02
-    print(json.dumps(result))
+    out.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {"steps": arguments.steps, "pairs": {}, "overrides": arguments.overrides}
+    result["tokens_per_step"] = config.train.global_batch * config.data.sequence_length
+    found: dict[str, Records] = {}
+    with join(config) as world:
+        text = load_text(config.data)
+        rows = Sampler(text.train, sequence_length=config.data.sequence_length, global_batch=8, seed=config.seed)
+        rows_BS = rows.batch(10_000)[: arguments.gradients].to(world.device)
+        if arguments.gradients:
+            model = build_model(config, world)
+            result["gradients_first"] = gradient_distances(model, config, rows_BS)
+            print_distances("before training", result["gradients_first"])
+            del model
+            release()
+        for name in runs:
+            first = name == runs[0]
+            steps = arguments.steps if first else min(arguments.compare, arguments.steps)
+            records, model = train(name, config, steps=steps, text=text, world=world)
+            if first and arguments.gradients:
+                result["gradients_last"] = gradient_distances(model, config, rows_BS)
+                print_distances(f"after {steps} steps", result["gradients_last"])
+            del model
+            release()
+            found[name] = records[: arguments.compare]
+            (out / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+            if first:
+                tail = [record for record in records if record.get("perf/mfu") is not None][-100:]
+                result["first_loss"] = round(records[0]["loss/train"], 4)
+                result["last_loss"] = round(statistics.mean(r["loss/train"] for r in records[-10:]), 4)
+                if tail:
+                    result["tokens_per_s"] = round(statistics.median(r["perf/tokens_per_s"] for r in tail))
+                    result["mfu"] = round(statistics.median(r["perf/mfu"] for r in tail), 4)
+            (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    for a, b in itertools.combinations(runs, 2):
+        result["pairs"][f"{a} / {b}"] = pair = compare(found[a], found[b])
+        print(f"{a} / {b}: {json.dumps(pair)}")
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
