@@ -1,19 +1,70 @@
 #!/usr/bin/env bash
-# Run tests under compute-sanitizer on a GPU machine: bash scripts/sanitize.sh [memcheck|racecheck|synccheck|initcheck] [pytest args]
-# Default: all four tools over tests/gpu. Slow (10 to 100 times); name one test file while debugging.
-set -euo pipefail
+# Run tests under compute-sanitizer on a GPU machine, and say for each tool how many of our kernels ran and what it found.
+#
+#   bash scripts/sanitize.sh                         the four tools over a short list: every kernel of csrc, tiny shapes
+#   bash scripts/sanitize.sh racecheck               one tool (memcheck, racecheck, synccheck, initcheck)
+#   bash scripts/sanitize.sh --all [tool]            all of tests/gpu; hours
+#   bash scripts/sanitize.sh [tool] PYTEST_ARGS...   these tests instead of the list
+#
+# Environment: PYTHON (default: the one scripts/setup.sh prepares), SANITIZE_LOGS (folder of the full outputs, default build/sanitize).
+# Only kernels of the namespace moe_layer are instrumented. Exit code 1 if a tool found an error or a test failed.
+set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 command -v compute-sanitizer >/dev/null || { echo "sanitize: compute-sanitizer is not on PATH; it comes with the CUDA toolkit" >&2; exit 1; }
-bash scripts/setup.sh
-PYTHON="$(sed -n 2p .stamp)"
+if [ -z "${PYTHON:-}" ]; then
+    bash scripts/setup.sh || exit 1
+    PYTHON="$(sed -n 2p .stamp)"
+fi
+LOGS="${SANITIZE_LOGS:-build/sanitize}"
+mkdir -p "$LOGS"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+tests=(
+    "tests/gpu/test_glue_cuda.py::test_sort_slots[37-3-8-16-0.2-False]"
+    "tests/gpu/test_glue_cuda.py::test_sort_slots_of_a_middle_rank"
+    "tests/gpu/test_glue_cuda.py::test_tree_reduce[50-3-8-7-dtype1]"
+    "tests/gpu/test_glue_cuda.py::test_tree_reduce[31-10-512-512-dtype1]"
+    "tests/gpu/test_glue_cuda.py::test_tree_reduce[20-40-64-24-dtype0]"
+    "tests/gpu/test_glue_cuda.py::test_gather_rows[3-dtype1]"
+    "tests/gpu/test_glue_cuda.py::test_gather_rows[64-dtype1]"
+    "tests/gpu/test_histogram.py::test_equals_reference[(37, 3)-60]"
+    "tests/gpu/test_histogram.py::test_equals_reference[(37, 3)-40000]"
+    "tests/gpu/test_batch_losses_cuda.py::test_values_and_gradients[1000-8-both]"
+    "tests/gpu/test_layer_gpu.py::test_packed_h_has_the_bits_of_the_cpu[132-dtype0]"
+    "tests/gpu/test_layer_gpu.py::test_no_tokens_and_empty_experts[grouped_mm]"
+    "tests/gpu/test_router_cuda.py::test_values_and_gradients[e8-k2-dtype1]"
+    "tests/gpu/test_router_cuda.py::test_values_and_gradients[e129-k5-bias-dtype0]"
+    "tests/gpu/test_router_cuda.py::test_values_and_gradients[e40-k40-general-dtype0]"
+    "tests/gpu/test_router_cuda.py::test_what_training_asks_for[e8-k2-dtype1-True]"
+    "tests/gpu/test_router_cuda.py::test_what_training_asks_for[e256-k8-deepseek-dtype1-True]"
+    "tests/gpu/test_router_cuda.py::test_copy_ids[dtype1]"
+    "tests/gpu/test_nvlink_phases_gpu.py::test_small[keys0-expert_major]"
+    "tests/gpu/test_nvlink_phases_gpu.py::test_small[keys2-compact]"
+    "tests/gpu/test_nvlink_phases_gpu.py::test_small_shapes_of_the_routing[expert_major-no token]"
+)
+[ "${1:-}" != --all ] || { shift; tests=(tests/gpu); }
 tools=(memcheck racecheck synccheck initcheck)
 case "${1:-}" in memcheck | racecheck | synccheck | initcheck) tools=("$1"); shift ;; esac
-[ $# -gt 0 ] || set -- tests/gpu
+[ $# -eq 0 ] || tests=("$@")
+
+# A sanitizer does not say what it looked at, so the same tests run once under the profiler (not with --all: too many events).
+if [ "${tests[0]}" = tests/gpu ]; then
+    kernels="kernels not counted"
+else
+    "$PYTHON" scripts/kernels_run.py "${tests[@]}" >"$LOGS/kernels.log" 2>&1 || { tail -n 30 "$LOGS/kernels.log"; exit 1; }
+    kernels="$(tail -n 1 "$LOGS/kernels.log")"
+fi
 # torch's caching allocator hands out pieces of large blocks: without it an access past the end of a tensor is seen.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+failed=0
 for tool in "${tools[@]}"; do
-    echo "sanitize: $tool"
+    began=$SECONDS
     options=(--tool "$tool" --error-exitcode 99 --target-processes all --kernel-name kernel_substring=moe_layer)
-    compute-sanitizer "${options[@]}" "$PYTHON" -m pytest -q -x --timeout 3000 "$@"
+    compute-sanitizer "${options[@]}" "$PYTHON" -m pytest -q -p no:cacheprovider -o timeout=3000 "${tests[@]}" >"$LOGS/$tool.log" 2>&1
+    code=$?
+    [ $code -eq 0 ] || failed=1
+    found="$(grep -E "^=+ (ERROR|RACECHECK) SUMMARY" "$LOGS/$tool.log" | sed 's/^=* //' | sort | uniq -c | paste -sd';')"
+    outcome="$(grep -E "(passed|failed|error|skipped).* in [0-9.]+s" "$LOGS/$tool.log" | tail -n 1)"
+    [[ "$outcome" == *passed* ]] || failed=1
+    echo "sanitize: $tool: exit code $code, $((SECONDS - began)) s; ${found:-no summary}; tests: ${outcome:-none}; $kernels; $LOGS/$tool.log"
 done
+exit $failed
