@@ -297,6 +297,11 @@ def model_(c: train.ModelConfig) -> Problems:
         yield f"dense_intermediate_size (null) is needed by dense_layers ({c.dense_layers}); set those MLPs' width"
     if not c.dense_layers:
         yield from _ineffective(c, ("dense_intermediate_size",), "dense_layers")
+    if c.embedding_std is not None and c.tie_embeddings:
+        yield (
+            f"embedding_std ({c.embedding_std:g}) would scale the logits too, since tie_embeddings is true; "
+            "set tie_embeddings to false"
+        )
 
 
 def data(c: train.DataConfig) -> Problems:

@@ -38,6 +38,8 @@ class ModelConfig:
     """Share input and output embeddings."""
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of the dense parameters' initialisation."""
+    embedding_std: PositiveFloat | None = None
+    """Standard deviation of the embedding's initialisation (default: init_std); needs tie_embeddings: false."""
 
     def __post_init__(self) -> None:
         rules.check(self, rules.model_)
@@ -78,6 +80,8 @@ class OptimizerConfig:
     """Decay of matrices (norms, biases and embeddings are exempt)."""
     clip_norm: NonNegativeFloat = 1.0
     """Global gradient-norm limit; 0 turns clipping off."""
+    master_weights: bool = True
+    """Step fp32 copies of bf16 parameters, with fp32 moments (8 bytes a parameter more): bf16 loses small steps."""
 
     def __post_init__(self) -> None:
         rules.check(self, rules.optimizer)

@@ -20,7 +20,8 @@ class MemoryEstimate:
     """Bytes on one rank, balanced routing assumed.
 
     Attributes:
-        weights: parameters and buffers. gradients, optimizer: one and two tensors per parameter.
+        weights: parameters and buffers. gradients, optimizer: one and two tensors per parameter; under
+            `optimizer.master_weights` the latter are fp32 and a third is the parameter's fp32 copy.
         activations: kept by autograd for one micro-batch's backward. temporary: the largest working set beside them.
     """
 
@@ -63,10 +64,15 @@ def estimate_memory(config: TrainConfig, model: nn.Module, *, vocab: int, cpu: b
         kept = moe_layers * block + dense_layers * dense
     else:  # each block keeps its input; one block at a time is recomputed in full
         kept = config.model.num_layers * stream + max(block if moe_layers else 0, dense if dense_layers else 0)
+    optimizer = 2 * trained
+    if width < 4 and config.optimizer.master_weights:
+        wide = trained * 4 // width
+        optimizer = 3 * wide
+        temporary = max(temporary, wide - kept - head)  # the step's fp32 gradients, after the activations are gone
     return MemoryEstimate(
         weights=trained + buffers,
         gradients=trained,
-        optimizer=2 * trained,
+        optimizer=optimizer,
         activations=kept + head,
         temporary=temporary,
     )

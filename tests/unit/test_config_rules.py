@@ -257,6 +257,11 @@ RUN_RULES: list[tuple[list[str], list[str]]] = [
         ],
     ),
     (["name=my-run_2.b"], []),
+    (
+        ["model.embedding_std=1"],
+        ["embedding_std (1) would scale the logits too, since tie_embeddings is true; set tie_embeddings to false"],
+    ),
+    (["model.embedding_std=1", "model.tie_embeddings=false"], []),
     (["optimizer.min_lr=0.01"], ["min_lr (0.01) must not exceed lr (0.003); lower min_lr"]),
     (
         ["optimizer.warmup_steps=201"],

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_layer.config.train import OptimizerConfig, TrainConfig
+from moe_layer.config.train import TrainConfig
 from moe_layer.observe.flops import count_parameters, peak_tflops, train_flops_per_token
 from moe_layer.train.data import VOCAB
 from moe_layer.train.dryrun import describe, estimate
@@ -32,6 +32,16 @@ def _tokens(config: TrainConfig) -> Tensor:
 
 def _loss(model: Decoder, tokens: Tensor) -> Tensor:
     return token_losses(model(tokens[:, :-1]).logits, tokens[:, 1:]).mean()
+
+
+def test_initialisation(tmp_path: Path) -> None:
+    """Attention's output projections are smaller by sqrt(2 * layers); embedding_std is the embedding's alone."""
+    sizes = ["model.num_layers=8", "moe.hidden_size=64", "moe.shared_expert.intermediate_size=32"]
+    model = _decoder(micro_config(tmp_path, *sizes, "model.tie_embeddings=false", "model.embedding_std=1"))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            std = {"embedding.weight": 1.0}.get(name, 0.005 if "o_proj" in name else 0.02)
+            assert float(parameter.detach().std()) == pytest.approx(std, rel=0.1), name
 
 
 def test_attention_is_causal(tmp_path: Path) -> None:
@@ -97,6 +107,7 @@ def test_parameter_count(tmp_path: Path) -> None:
 CASES = [
     [],
     ["train.dtype=bf16"],
+    ["train.dtype=bf16", "optimizer.master_weights=false"],
     ["train.dtype=fp64"],
     ["moe.dispatch.rows=compact"],
     ["model.num_kv_heads=1", "moe.experts.recompute=h"],
@@ -110,7 +121,7 @@ def test_dry_run_memory_is_within_ten_percent_of_real_tensors(tmp_path: Path, ov
     config = micro_config(tmp_path, "moe.hidden_size=64", "data.sequence_length=64", *overrides)
     found = estimate(config).memory
     model = _decoder(config)
-    optimizer = Optimizer(model, OptimizerConfig(), device=torch.device("cpu"))
+    optimizer = Optimizer(model, config.optimizer, device=torch.device("cpu"))
     persistent = [*model.parameters(), *model.buffers()]
     fixed = {t.untyped_storage().data_ptr() for t in persistent}
     kept: dict[int, Tensor] = {}
@@ -126,10 +137,10 @@ def test_dry_run_memory_is_within_ten_percent_of_real_tensors(tmp_path: Path, ov
     loss.backward()
     optimizer.step(1e-3)
     gradients = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
-    moments = sum(t.untyped_storage().nbytes() for s in optimizer.inner.state.values() for t in s.values() if t.ndim)
+    state = optimizer.state_tensors(1).values()
     weights = sum(t.untyped_storage().nbytes() for t in persistent)
     assert found.activations == pytest.approx(activations, rel=0.1)
-    assert (found.gradients, found.optimizer) == (gradients, moments)
+    assert (found.gradients, found.optimizer) == (gradients, sum(t.untyped_storage().nbytes() for t in state))
     assert found.weights == pytest.approx(weights, rel=0.01)
     assert "activations" in describe(config, estimate(config))
 

@@ -48,21 +48,37 @@ def test_another_project_called_apex_is_named(tmp_path: Path, monkeypatch: pytes
         Optimizer(model, OptimizerConfig(name="apex_fused_adam"), device=torch.device("cpu"))
 
 
-def test_state_goes_out_and_back_bitwise() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_goes_out_and_back_bitwise(dtype: torch.dtype) -> None:
     def run(optimizer: Optimizer, model: torch.nn.Module, steps: range) -> None:
         for step in steps:
             model.weight.grad = torch.full_like(model.weight, 0.1 + step)
             model.bias.grad = torch.full_like(model.bias, 0.2 - step)
-            optimizer.step(1e-2)
+            optimizer.step(1e-4)
 
     config, cpu = OptimizerConfig(), torch.device("cpu")
-    one, two = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
-    two.load_state_dict(one.state_dict())
+    one, two = torch.nn.Linear(3, 3, dtype=dtype), torch.nn.Linear(3, 3, dtype=dtype)
     first, second = Optimizer(one, config, device=cpu), Optimizer(two, config, device=cpu)
     run(first, one, range(3))
     two.load_state_dict(one.state_dict())
     for name, tensor in second.state_tensors(3).items():
         tensor.copy_(first.state_tensors(3)[name])
-    run(first, one, range(3, 6))
-    run(second, two, range(3, 6))
+    run(first, one, range(3, 40))
+    run(second, two, range(3, 40))
     assert torch.equal(one.weight, two.weight) and torch.equal(one.bias, two.bias)
+
+
+@pytest.mark.parametrize("masters", [True, False])
+def test_small_steps_of_bf16_parameters_add_up(masters: bool) -> None:
+    """40 steps of 6e-4 move a norm's scale of 1, as in fp32; bf16 alone rounds every one of them away."""
+    config, cpu = OptimizerConfig(master_weights=masters), torch.device("cpu")
+    half, full = torch.nn.RMSNorm(4, dtype=torch.bfloat16), torch.nn.RMSNorm(4)
+    pairs = [(model, Optimizer(model, config, device=cpu)) for model in (half, full)]
+    for _ in range(40):
+        for model, optimizer in pairs:
+            optimizer.zero_grad()
+            model.weight.grad = torch.ones_like(model.weight)
+            optimizer.step(6e-4)
+    assert full.weight.max() < 0.98
+    want = full.weight.detach().bfloat16() if masters else torch.ones(4).bfloat16()
+    assert half.weight.dtype == torch.bfloat16 and torch.equal(half.weight.detach(), want)
