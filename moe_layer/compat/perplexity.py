@@ -194,8 +194,8 @@ class AllToAll:
             out_tokens: `[T or more, H]`, dtype of `expert_y`. Rows from `bound_m` (default T) on stay untouched; a
                 token without experts gets zeros.
             indices, weights: as in `dispatch`; the weights given to the sending half count.
-            expert_y: `[L, C, H]` or `[N, H]`, rows where `dispatch` put them; bf16, fp16, fp32 or fp64. Pads and rows
-                past the end are not read.
+            expert_y: `[L, C, H]` or `[N, H]`, rows where `dispatch` put them; bf16, fp16, fp32, on CPU fp64. Pads and
+                rows past the end are not read.
             bound_m: see `out_tokens`.
 
         Raises: as `dispatch`; RuntimeError too when there is no received dispatch to answer.
@@ -265,7 +265,9 @@ class AllToAll:
         assert call.rows is not None
         T, H = call.ids_TK.shape[0], self.hidden_dim
         shape = (self.num_local_experts, -1, H) if y.ndim == 3 else (-1, H)
-        check_tensor("expert_y", y, shape, dtypes=_FLOATS, device=call.ids_TK.device)
+        # the CUDA sum has no fp64 kernel
+        dtypes = _FLOATS[:-1] if call.ids_TK.is_cuda else _FLOATS
+        check_tensor("expert_y", y, shape, dtypes=dtypes, device=call.ids_TK.device)
         call.rows.check_expert_y(y)
         check_tensor("out_tokens", out, (-1, H), dtypes=(y.dtype,), device=y.device)
         if out.shape[0] < T:

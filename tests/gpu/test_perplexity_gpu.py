@@ -51,7 +51,7 @@ def _context(device_type: str) -> ParallelContext:
 
 
 def there_and_back(backend: str, device_type: str) -> list[str]:
-    """Two objects (padded and contiguous buffers) whose halves are interleaved; experts and combine in fp64.
+    """Two objects (padded and contiguous buffers) whose halves are interleaved; fp32 experts' rows, fp64 expectations.
 
     The tokens are fp8 rows with fp16 scales: 7 on rank 0 and none on rank 1 for one object, 5 and 9 for the other.
     """
@@ -90,8 +90,8 @@ def there_and_back(backend: str, device_type: str) -> list[str]:
             places = check_buffers(out, sources[j], rank, alignment=(1, 8)[j], prob=True, scale=True)
             backs.append(
                 {
-                    "out_tokens": torch.full((MOST + 1, H), float(FILL), dtype=torch.float64, device=device),
-                    "expert_y": run_experts(places, out).to(device),
+                    "out_tokens": torch.full((MOST + 1, H), float(FILL), dtype=torch.float32, device=device),
+                    "expert_y": run_experts(places, out).float().to(device),
                     "indices": given[j]["indices"],
                     "weights": mine[j].w_TK * 2 - 1,
                 }
@@ -100,7 +100,7 @@ def there_and_back(backend: str, device_type: str) -> list[str]:
         for j in (1, 0):
             layers[j].combine(**backs[j], do_send=False)
             got, one, T = backs[j]["out_tokens"].cpu(), tokens[j][rank], tokens[j][rank].x_TH.shape[0]
-            torch.testing.assert_close(got[:T], combined(one, one.w_TK * 2 - 1), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(got[:T].double(), combined(one, one.w_TK * 2 - 1), rtol=1e-5, atol=1e-5)
             assert (got[T:] == FILL).all()
             done.append(f"{ids_dtype} {j}")
     context.close()
