@@ -251,7 +251,13 @@ def test_bf16_compile_and_greedy_sampling_run(tmp_path: Path) -> None:
     state = _tensors(checkpoint.find(out))
     kinds = {key: tensor.dtype for key, tensor in state.items()}
     assert {d for k, d in kinds.items() if k.endswith("expert_bias")} == {torch.float32}
-    assert {d for k, d in kinds.items() if "q_proj" in k} == {torch.bfloat16}
+    whole = {key.split(":", 1)[1]: tensor for key, tensor in state.items()}
+    moments = {tensor.dtype for key, tensor in whole.items() if key.startswith("optimizer.")}
+    assert whole["model.blocks.0.attention.q_proj.weight"].dtype == torch.bfloat16 and moments == {torch.float32}
+    masters = {k.removeprefix("optimizer.master."): t for k, t in whole.items() if k.startswith("optimizer.master.")}
+    assert len(masters) > 10
+    for name, master in masters.items():
+        assert torch.equal(master.bfloat16(), whole[f"model.{name}"]), name
 
 
 def test_micro_is_a_subset_of_every_config(tmp_path: Path) -> None:
