@@ -6,7 +6,7 @@
 // where an absent slot, block or subtree is skipped and not added as zero. All of it in fp32 with the _rn intrinsics: an
 // FMA would round once where the CPU reference rounds twice. A weight multiplies its row (rounded) before the addition.
 //
-// Three pieces, from the bottom:
+// Three pieces, from the bottom (tree_reduce.cu has a faster way for rows in memory of one GPU):
 //   TreeStack        the running sum: add(value, block) in ascending (block, expert, slot) order, then finish(sum).
 //                    Blocks need not be single blocks of the tree: a *partial* sum over blocks [b, b + n), n a power of
 //                    two dividing b, is added with any one label inside, usually b. So the home rank adds one partial
@@ -14,9 +14,6 @@
 //   order_slots      a warp ranks the K <= 32 slots of its token by (expert, slot); lane k holds slot k.
 //   warp_tree_sum    both, over rows in memory: each lane sums V consecutive elements; the caller says where a slot's
 //                    row lies (any address a lane can read: local, peer, shared).
-//   staged_tree_sum  the same sum, faster: all rows of the token are copied to shared memory at once (cp.async) while the
-//                    warp ranks them, and the tree is walked with no data-dependent register index. A sum is never -0,
-//                    so that an absent block may be added as +0: skipping it gives the same bits.
 #pragma once
 
 #include "common.cuh"
@@ -29,9 +26,11 @@ struct alignas(sizeof(T) * V) Pack {
   T v[V];
 };
 
-// The block of an expert; `id` in [0, num_experts).
+// The block of an expert; `id` in [0, num_experts). In 32 bits: at most 128 blocks leave room for 2^25 experts, and a 64-bit
+// division costs a warp as much as the addition of three rows.
 __device__ __forceinline__ int tree_block(int id, int blocks, int num_experts) {
-  return static_cast<int>(static_cast<int64_t>(id) * blocks / num_experts);
+  return static_cast<int>(
+      static_cast<unsigned>(id) * static_cast<unsigned>(blocks) / static_cast<unsigned>(num_experts));
 }
 
 // Partial sums of unfinished subtrees, the deepest last. kDepth: 1 + log2(blocks), at most 8.
@@ -152,80 +151,6 @@ __device__ __forceinline__ void warp_tree_sum(
     }
   }
   stack.finish(sum);
-}
-
-// Bytes of shared memory of one warp in staged_tree_sum; a multiple of 16.
-__host__ __device__ constexpr int64_t staged_tree_bytes(int64_t slots) {
-  return slots * kWarp * 16 + round_up<int64_t>(slots, 16);
-}
-
-// Starts a copy of 16 bytes, global to shared memory, past L1: every row is read once.
-__device__ __forceinline__ void copy_16_async(void* shared, const void* global) {
-  const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(target), "l"(global) : "memory");
-}
-
-// As warp_tree_sum, for at most 8 blocks and V * sizeof(T) == 16. The whole warp calls it.
-//   stage      staged_tree_bytes(slots) bytes of shared memory of this warp, aligned to 16.
-//   present    lane k < slots: whether slot k has a row; `id` is its expert, `weight` its factor (used where `weighted`).
-//   row_of(k)  as in warp_tree_sum; called only for present slots k, by all lanes together.
-template <typename T, int V, typename RowOf>
-__device__ __forceinline__ void staged_tree_sum(
-    unsigned char* stage, bool present, int id, float weight, bool weighted, int slots, int blocks, int num_experts,
-    bool inside, RowOf row_of, float (&sum)[V]) {
-  static_assert(sizeof(Pack<T, V>) == 16);
-  constexpr unsigned kAll = 0xffffffffu;
-  constexpr int kBlocks = 8;
-  const int lane = threadIdx.x % kWarp;
-  unsigned char* mine = stage + lane * 16;  // of slot 0; slot k lies kWarp * 16 bytes further on
-  for (unsigned left = __ballot_sync(kAll, present && lane < slots); left != 0; left &= left - 1) {
-    const int k = __ffs(left) - 1;
-    const T* row = row_of(k);
-    if (inside) copy_16_async(mine + k * kWarp * 16, row);
-  }
-  asm volatile("cp.async.commit_group;\n" ::: "memory");
-
-  const SlotOrder order = order_slots(present, id, slots, blocks, num_experts);
-  unsigned char* slot_at = stage + slots * kWarp * 16;  // slot of each rank
-  if (order.rank >= 0) slot_at[order.rank] = static_cast<unsigned char>(lane);
-  int end[kBlocks];  // ranks below end[b] belong to blocks 0 ... b
-#pragma unroll
-  for (int b = 0; b < kBlocks; ++b) end[b] = __popc(__ballot_sync(kAll, order.rank >= 0 && order.block <= b));
-  __syncwarp();
-  asm volatile("cp.async.wait_group 0;\n" ::: "memory");  // a lane reads only what it copied itself
-
-  float pending[3][V];  // left subtrees of 1, 2 and 4 blocks that wait for their right sibling
-  int rank = 0;
-#pragma unroll
-  for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) sum[i] = 0.0f;
-    for (; rank < end[b]; ++rank) {
-      const int k = slot_at[rank];
-      const auto row = *reinterpret_cast<const Pack<T, V>*>(mine + k * kWarp * 16);
-      const float factor = weighted ? __shfl_sync(kAll, weight, k) : 1.0f;
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-        const float value = to_float(row.v[i]);
-        sum[i] = __fadd_rn(sum[i], weighted ? __fmul_rn(value, factor) : value);
-      }
-    }
-#pragma unroll
-    for (int level = 0; level < 3; ++level) {  // as a binary counter carries
-      const bool right = (b >> level & 1) != 0;
-      const bool complete = (b & ((1 << level) - 1)) == (1 << level) - 1;
-      if (!complete) continue;
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-        if (right) {
-          sum[i] = __fadd_rn(pending[level][i], sum[i]);
-        } else {
-          pending[level][i] = sum[i];
-        }
-      }
-      if (!right) break;
-    }
-  }
 }
 
 }  // namespace moe_layer

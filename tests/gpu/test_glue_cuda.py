@@ -54,7 +54,7 @@ def test_sort_slots_of_a_middle_rank():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("tokens", "slots", "experts", "hidden"), [
     (0, 2, 8, 16), (33, 1, 8, 16), (50, 3, 8, 7), (64, 8, 128, 2048), (40, 8, 256, 7168), (31, 10, 512, 512),
-    (20, 16, 12, 64),
+    (20, 16, 12, 64), (29, 8, 64, 704), (17, 16, 64, 776), (13, 20, 64, 704),
     (20, 40, 64, 24),
 ])  # fmt: skip
 def test_tree_reduce(tokens, slots, experts, hidden, dtype):
