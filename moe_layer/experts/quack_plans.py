@@ -9,7 +9,11 @@ Letters: N rows, D hidden, F expert width, L local experts.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,8 +22,44 @@ from torch import Tensor
 from moe_layer.experts.tiles import Tile
 
 
+@contextlib.contextmanager
+def compile_later() -> Iterator[None]:
+    """Inside, `torch.compile` of a function does its work at the first call of the result.
+
+    QuACK wraps a dozen quantisers when it is imported, of which nothing here is called; the first wrapping loads
+    inductor, a third of the import's time. Meant for that import alone; modules are compiled as ever.
+    """
+    compile_now = torch.compile
+
+    def compile_function(model: Any = None, **options: Any) -> Any:
+        if model is None:
+            return functools.partial(compile_function, **options)
+        if not inspect.isfunction(model):
+            return compile_now(model, **options)
+        compiled = functools.cache(lambda: compile_now(model, **options))
+
+        @functools.wraps(model)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return compiled()(*args, **kwargs)
+
+        return call
+
+    torch.compile = compile_function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_now
+
+
+@functools.cache
+def _import_quack() -> None:
+    with compile_later():
+        importlib.import_module("quack.gemm_interface")
+
+
 @functools.cache
 def _config(tile: Tile) -> Any:
+    _import_quack()
     from quack.gemm_config import GemmConfig
 
     return GemmConfig(
@@ -36,6 +76,7 @@ def _config(tile: Tile) -> Any:
 @functools.cache
 def _gated(with_probs: bool) -> Any:
     """Epilogue of F1: the pre-activation pairs, and silu(g) * u (* p)."""
+    _import_quack()
     from quack.activation import swiglu
     from quack.epilogue import gemm_epilogue, pack, unpack
     from quack.epilogue.ops import ColVecLoad
@@ -60,6 +101,7 @@ def _gated(with_probs: bool) -> Any:
 @functools.cache
 def _dgated(with_probs: bool) -> Any:
     """Epilogue of B1: d(pre-activation) pairs, the activation again, and per row <activation, d(activation)>."""
+    _import_quack()
     from quack.epilogue.library import dgated_mod
 
     return dgated_mod("swiglu", has_scale=with_probs, has_reduce=with_probs)
@@ -79,6 +121,7 @@ def _bind_context(device: torch.device) -> None:
 
 @functools.cache
 def _entry_points() -> tuple[Any, Any, Any]:
+    _import_quack()
     from quack.gemm import run_gemm_plan
     from quack.gemm_interface import _gemm_execute
     from quack.gemm_runtime.host import run_gemm_epi_plan
