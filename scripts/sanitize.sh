@@ -20,6 +20,7 @@ fi
 LOGS="${SANITIZE_LOGS:-build/sanitize}"
 mkdir -p "$LOGS"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+# No torch grouped_mm here: racecheck dies of it ("failed to handle a hardware exception"), initcheck does not see its writes.
 tests=(
     "tests/gpu/test_glue_cuda.py::test_sort_slots[37-3-8-16-0.2-False]"
     "tests/gpu/test_glue_cuda.py::test_sort_slots_of_a_middle_rank"
@@ -32,7 +33,7 @@ tests=(
     "tests/gpu/test_histogram.py::test_equals_reference[(37, 3)-40000]"
     "tests/gpu/test_batch_losses_cuda.py::test_values_and_gradients[1000-8-both]"
     "tests/gpu/test_layer_gpu.py::test_packed_h_has_the_bits_of_the_cpu[132-dtype0]"
-    "tests/gpu/test_layer_gpu.py::test_no_tokens_and_empty_experts[grouped_mm]"
+    "tests/gpu/test_layer_gpu.py::test_loop_in_fp32_has_the_values_of_the_cpu"
     "tests/gpu/test_router_cuda.py::test_values_and_gradients[e8-k2-dtype1]"
     "tests/gpu/test_router_cuda.py::test_values_and_gradients[e129-k5-bias-dtype0]"
     "tests/gpu/test_router_cuda.py::test_values_and_gradients[e40-k40-general-dtype0]"

@@ -10,11 +10,13 @@
     reference   the per-expert loop
 
 The first run trains `--steps` steps, the others `--compare`. OUT gets RUN.jsonl (loss, gradient norm and learning rate
-of every step) and result.json: MFU and tokens/s (median of the last 100 steps), and for each pair of runs the largest
-difference of the losses, the first step above 0.02, and the largest relative difference of the first three gradient
-norms. `--gradients N` also compares every parameter's gradient, before training and after the first run, on N
-sequences: each backend's relative distance from the same model in fp32. A backend with a defect is farther than the
-others; rounding gives all of them the same distance.
+of every step) and result-FIRST.json: MFU and tokens/s (median of the last 100 steps), and for each pair of runs the
+largest difference of the losses, the first step above 0.02, and the largest relative difference of the first three
+gradient norms. Runs of an earlier call with the same OUT are compared too (two calls on two GPUs share the work).
+
+`--gradients N` also compares every parameter's gradient on N sequences, before training and after the first run: each
+backend's relative distance from the same model in fp32. A backend with a defect is farther than the others; rounding
+gives all of them the same distance.
 """
 
 from __future__ import annotations
@@ -70,8 +72,10 @@ def nudge(model: Decoder) -> None:
     weight.view(-1)[:1].view(bits).add_(1)
 
 
-def train(name: str, config: TrainConfig, *, steps: int, text: TextData, world: World) -> tuple[Records, Decoder]:
-    """Records of `steps` steps, and the trained model."""
+def train(
+    name: str, config: TrainConfig, *, steps: int, text: TextData, world: World, out: Path
+) -> tuple[Records, Decoder]:
+    """Records of `steps` steps, also written to OUT/NAME.jsonl one by one, and the trained model."""
     began = time.perf_counter()
     model = build_model(with_backend(config, RUNS[name]), world)
     if name == "nudged":
@@ -79,13 +83,16 @@ def train(name: str, config: TrainConfig, *, steps: int, text: TextData, world: 
     optimizer = Optimizer(model, config.optimizer, device=world.device)
     trainer = Trainer(config, model=model, optimizer=optimizer, text=text, world=world)
     records: Records = []
-    for step in range(steps):
-        lr = trainer.train_step(step)
-        values = trainer.collect(step + 1)
-        if step % 10 == 0 or step + 1 == steps:
-            print(name, format_line(step + 1, steps, values), flush=True)
-        values.pop("moe/counts")
-        records.append({"step": step + 1, "opt/lr": lr, **values})
+    with (out / f"{name}.jsonl").open("w") as file:
+        for step in range(steps):
+            lr = trainer.train_step(step)
+            values = trainer.collect(step + 1)
+            if step % 10 == 0 or step + 1 == steps:
+                print(name, format_line(step + 1, steps, values), flush=True)
+            values.pop("moe/counts")
+            records.append({"step": step + 1, "opt/lr": lr, **values})
+            file.write(json.dumps(records[-1]) + "\n")
+            file.flush()
     print(f"{name}: {steps} steps in {time.perf_counter() - began:.1f} s with its start", flush=True)
     return records, model
 
@@ -161,6 +168,7 @@ def main() -> None:
     parser.add_argument("--compare", type=int, default=50, help="steps of the other runs")
     parser.add_argument("--runs", default=",".join(RUNS), help="separated by commas; the first trains --steps steps")
     parser.add_argument("--gradients", type=int, default=0, metavar="N", help="compare gradients on N sequences")
+    parser.add_argument("--compare-only", action="store_true", help="train nothing, compare what lies in OUT")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
     runs = arguments.runs.split(",")
@@ -170,43 +178,66 @@ def main() -> None:
     config = load_config(ROOT / arguments.config, overrides, kind=TrainConfig)
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"steps": arguments.steps, "pairs": {}, "overrides": arguments.overrides}
+    result: dict[str, Any] = {"steps": arguments.steps, "overrides": arguments.overrides}
     result["tokens_per_step"] = config.train.global_batch * config.data.sequence_length
-    found: dict[str, Records] = {}
-    with join(config) as world:
-        text = load_text(config.data)
-        rows = Sampler(text.train, sequence_length=config.data.sequence_length, global_batch=8, seed=config.seed)
-        rows_BS = rows.batch(10_000)[: arguments.gradients].to(world.device)
-        if arguments.gradients:
-            model = build_model(config, world)
-            result["gradients_first"] = gradient_distances(model, config, rows_BS)
-            print_distances("before training", result["gradients_first"])
-            del model
-            release()
-        for name in runs:
-            first = name == runs[0]
-            steps = arguments.steps if first else min(arguments.compare, arguments.steps)
-            records, model = train(name, config, steps=steps, text=text, world=world)
-            if first and arguments.gradients:
+    if not arguments.compare_only:
+        with join(config) as world:
+            result.update(train_all(config, runs, arguments, world=world, out=out))
+    result["pairs"] = compare_all(out, arguments.compare)
+    (out / f"result-{'compared' if arguments.compare_only else runs[0]}.json").write_text(json.dumps(result) + "\n")
+    print(json.dumps(result))
+
+
+def train_all(
+    config: TrainConfig, runs: list[str], arguments: argparse.Namespace, *, world: World, out: Path
+) -> dict[str, Any]:
+    """Train all runs; numbers of the first one."""
+    text = load_text(config.data)
+    rows = Sampler(text.train, sequence_length=config.data.sequence_length, global_batch=8, seed=config.seed)
+    rows_BS = rows.batch(10_000)[: arguments.gradients].to(world.device)
+    result: dict[str, Any] = {}
+    if arguments.gradients:
+        model = build_model(config, world)
+        result["gradients_first"] = gradient_distances(model, config, rows_BS)
+        print_distances("before training", result["gradients_first"])
+        del model
+        release()
+    for name in runs:
+        first = name == runs[0]
+        steps = arguments.steps if first else min(arguments.compare, arguments.steps)
+        records, model = train(name, config, steps=steps, text=text, world=world, out=out)
+        if first:
+            result.update(summary(records))
+            if arguments.gradients:
                 result["gradients_last"] = gradient_distances(model, config, rows_BS)
                 print_distances(f"after {steps} steps", result["gradients_last"])
-            del model
-            release()
-            found[name] = records[: arguments.compare]
-            (out / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-            if first:
-                tail = [record for record in records if record.get("perf/mfu") is not None][-100:]
-                result["first_loss"] = round(records[0]["loss/train"], 4)
-                result["last_loss"] = round(statistics.mean(r["loss/train"] for r in records[-10:]), 4)
-                if tail:
-                    result["tokens_per_s"] = round(statistics.median(r["perf/tokens_per_s"] for r in tail))
-                    result["mfu"] = round(statistics.median(r["perf/mfu"] for r in tail), 4)
-            (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    for a, b in itertools.combinations(runs, 2):
-        result["pairs"][f"{a} / {b}"] = pair = compare(found[a], found[b])
-        print(f"{a} / {b}: {json.dumps(pair)}")
-    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+        del model
+        release()
+    return result
+
+
+def summary(records: Records) -> dict[str, Any]:
+    result = {"first_loss": round(records[0]["loss/train"], 4)}
+    result["last_loss"] = round(statistics.mean(record["loss/train"] for record in records[-10:]), 4)
+    tail = [record for record in records if record.get("perf/mfu") is not None][-100:]
+    if tail:
+        result["tokens_per_s"] = round(statistics.median(record["perf/tokens_per_s"] for record in tail))
+        result["mfu"] = round(statistics.median(record["perf/mfu"] for record in tail), 4)
+    return result
+
+
+def compare_all(out: Path, steps: int) -> dict[str, Any]:
+    """Every pair of runs whose records lie in OUT."""
+    found: dict[str, Records] = {}
+    for name in RUNS:
+        path = out / f"{name}.jsonl"
+        if path.is_file():
+            found[name] = [json.loads(line) for line in path.read_text().splitlines()[:steps]]
+    pairs = {}
+    for a, b in itertools.combinations(found, 2):
+        pairs[f"{a} / {b}"] = compare(found[a], found[b])
+        print(f"{a} / {b}: {json.dumps(pairs[f'{a} / {b}'])}")
+    return pairs
 
 
 if __name__ == "__main__":

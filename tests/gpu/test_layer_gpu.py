@@ -140,6 +140,19 @@ def test_no_tokens_and_empty_experts(backend):
     assert grad[:K].abs().sum() > 0 and not grad[K:].any()
 
 
+def test_loop_in_fp32_has_the_values_of_the_cpu():
+    """Router, losses, counters, permutation and combine on CUDA around the per-expert loop; TF32 is off by default."""
+    layer = make("reference", torch.float32)
+    twin = make("reference", torch.float32).cpu()
+    x, upstream = torch.randn(2, 37, D)
+    ids = torch.rand(37, E).topk(K).indices
+    got = step(layer, x.cuda(), upstream.cuda(), ids.cuda())
+    for name, a, b in zip(("y", "dx", *dict(twin.named_parameters())), got, step(twin, x, upstream, ids), strict=True):
+        assert relative(a.cpu(), b) < 1e-5, name
+    fast, slow = layer.collect_stats(), twin.collect_stats()
+    assert torch.equal(fast["load"].cpu(), slow["load"]) and int(fast["load"].sum()) == 37 * K
+
+
 def test_main_grad_accumulates_in_fp32():
     backend = backends()[0]
     layer, plain = make(backend), make(backend)
