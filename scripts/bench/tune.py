@@ -22,7 +22,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ GATHERED = (
     (128, 192, 1, 1, True),
     (64, 256, 2, 1, True),
     (64, 256, 1, 1, True),
+    (192, 128, 1, 1, True),
     (256, 192, 2, 1, False),
     (256, 128, 1, 1, False),
 )
@@ -53,6 +54,7 @@ PLAIN = (
     (128, 256, 1, 1, False),
     (128, 192, 2, 1, True),
     (128, 192, 1, 2, True),
+    (128, 192, 1, 1, True),
     (192, 128, 1, 2, True),
     (192, 128, 1, 1, True),
     (128, 208, 2, 1, True),
@@ -163,7 +165,7 @@ class Problem:
         )
 
 
-def microseconds(calls: list[Callable[[], object]], *, rounds: int, repeats: int) -> list[float]:
+def microseconds(calls: Sequence[Callable[[], object]], *, rounds: int, repeats: int) -> list[float]:
     """Median time of each call, taken in turns without a pause; the first half of the rounds only heats the GPU."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)] for _ in range(rounds)]
     for row in events:
@@ -322,8 +324,11 @@ def best_of(
 ) -> dict[str, Any] | None:
     """The table's entry for a shape; of the accumulating GEMMs, the way (`add_by_load`) whose sum is smaller."""
     tokens, hidden, width, experts, top_k = SHAPES[name]
-    rows = [{way: best.get((name, gemm, way)) for way in (False, True)} for gemm in ADDS]
-    sums = {way: sum(row[way]["best_us"] for row in rows) for way in (False, True) if all(row[way] for row in rows)}
+    sums = {
+        way: sum(best[name, gemm, way]["best_us"] for gemm in ADDS)
+        for way in (False, True)
+        if all((name, gemm, way) in best for gemm in ADDS)
+    }
     by_load = min(sums, key=sums.__getitem__) if sums else None
     chosen = {
         gemm: row
