@@ -8,7 +8,7 @@
 //
 // A kernel that waits must leave room for the kernels it waits for, which run on the same multiprocessors of the peers
 // and on their own stream here. Per multiprocessor, the kernels of one direction share the registers: ep_push 1/4 and
-// ep_take 3/4, ep_reduce_push 1/2 and ep_home 1/2.
+// ep_take 3/4 (with fp8 1/2 and 1/2), ep_reduce_push 1/2 and ep_home 1/2, which share its shared memory too.
 #pragma once
 
 #include "common.cuh"
@@ -126,13 +126,10 @@ __device__ inline void write_headers(const EpTrip& trip, uint32_t epoch, int pee
   store_release_sys(trip.word(peer, trip.ready, trip.me), epoch);
 }
 
-// The rows [first chunk) of this block are written: publish them.
+// One thread, after a barrier of those that wrote the chunk's rows: publishes them.
 __device__ inline void publish(const EpTrip& trip, int peer, int64_t chunk, uint32_t epoch) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence_system();
-    store_release_sys(trip.flag(peer, trip.me, chunk), epoch);
-  }
+  __threadfence_system();
+  store_release_sys(trip.flag(peer, trip.me, chunk), epoch);
 }
 
 // True in the last of the `blocks` blocks that call it; what the others wrote before is then visible to its threads.

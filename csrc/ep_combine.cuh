@@ -46,21 +46,6 @@ __device__ __forceinline__ void store_wire(void* at, int32_t dtype, int64_t elem
   }
 }
 
-// V elements of a two-byte wire dtype as they lie there, and their values.
-template <int V>
-__device__ __forceinline__ Pack<uint16_t, V> wire_pack(const void* row, int element) {
-  return *reinterpret_cast<const Pack<uint16_t, V>*>(static_cast<const uint16_t*>(row) + element);
-}
-
-template <int V>
-__device__ __forceinline__ void widen(const Pack<uint16_t, V>& raw, int32_t dtype, float (&value)[V]) {
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    value[i] = dtype == kWireBfloat16 ? __uint_as_float(static_cast<uint32_t>(raw.v[i]) << 16)
-                                      : __half2float(__ushort_as_half(raw.v[i]));
-  }
-}
-
 template <int V>
 __device__ __forceinline__ void round_to_wire(int32_t dtype, float (&value)[V]) {
 #pragma unroll
@@ -85,6 +70,10 @@ struct PartialArgs {
 // The slots of one compact row in tree order: lane i holds the i-th slot's row and block.
 struct SlotList {
   int row = 0, block = 0, count = 0;
+
+  __device__ __forceinline__ const unsigned char* address(const PartialArgs& args, int64_t row_bytes) const {
+    return static_cast<const unsigned char*>(args.rows) + row * row_bytes;
+  }
 };
 
 // The whole warp calls it.
@@ -107,77 +96,114 @@ __device__ __forceinline__ SlotList list_slots(const PartialArgs& args, int64_t 
   return {__shfl_sync(kAll, row, from), __shfl_sync(kAll, order.block, from) - args.first_block, order.count};
 }
 
-// Sums over the rows of one compact row, piece after piece of 32 * V columns; the next piece's loads are in flight while
-// this one's rows are added. A result of the tree is never -0, so an absent block may be added as +0: kBlocks running
-// sums, one a block of the tree, joined pairwise by straight-line code. (TreeStack skips them instead, by branches, which
-// these kernels have too few warps to hide.)
-template <typename T, int V, int kBlocks>
-struct PartialRow {
-  static constexpr int kAhead = 6;
-  const SlotList list;
-  const int hidden;
-  unsigned codes = 0;  // the blocks of the first rows, four bits each
-  const T* from[kAhead];
-  const T* rows;
-  Pack<T, V> ahead[kAhead];
+// Threads of these kernels: up to two teams a block, which take work and meet apart, so that one loads while the other
+// publishes or waits. 64 registers a thread, so that a block of each half of the way home fits on a multiprocessor.
+constexpr int kTeam = 256, kMostTeams = 2, kTeamWarps = kTeam / kWarp;
 
-  __device__ __forceinline__ PartialRow(const PartialArgs& args, const SlotList& list, int piece)
-      : list(list), hidden(args.hidden), rows(static_cast<const T*>(args.rows)) {
-    const int lane = threadIdx.x % kWarp;
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      codes |= static_cast<unsigned>(__shfl_sync(0xffffffffu, list.block, i)) << (4 * i);
-      from[i] = rows + static_cast<int64_t>(__shfl_sync(0xffffffffu, list.row, i)) * hidden + lane * V;
-      if (i < list.count) load(ahead[i], from[i], piece);
-    }
+__device__ __forceinline__ int team_index() { return threadIdx.x / kTeam; }
+__device__ __forceinline__ int team_count() { return blockDim.x / kTeam; }
+
+__device__ __forceinline__ void team_sync() {
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + team_index()), "n"(kTeam) : "memory");
+}
+
+// A barrier of the team: whether all its threads say so.
+__device__ __forceinline__ bool team_and(bool ok) {
+  int all;
+  asm volatile("{\n.reg .pred p, q;\nsetp.ne.s32 p, %1, 0;\nbar.red.and.pred q, %2, %3, p;\nselp.s32 %0, 1, 0, q;\n}"
+               : "=r"(all)
+               : "r"(static_cast<int>(ok)), "r"(1 + team_index()), "n"(kTeam)
+               : "memory");
+  return all != 0;
+}
+
+// What a warp reads of several rows, in flight through shared memory. A *unit* is 32 x 16 bytes of a row; units come
+// piece after piece, the rows of a piece in the order of the lanes that hold their addresses. A warp has a ring of kRing
+// units, all but one on their way at any time: 16 warps a multiprocessor are 80 KiB, where 2 us of latency under load at
+// 3 TB/s over 132 multiprocessors need 46. A lane reads only what it copied itself.
+constexpr int kRing = 11;
+constexpr int kUnit = kWarp * 16;
+constexpr int kRingBytes = kRing * kUnit, kTeamShared = kRingBytes * kTeamWarps;
+
+class RowStream {
+ public:
+  // The whole warp calls it. Lane i < count passes the start of row i; every row has `bytes` bytes, whole units of 16.
+  // The pieces [begin, end) will be read, each of its `count` rows by one `next`.
+  __device__ __forceinline__
+  RowStream(unsigned char* ring, const unsigned char* row, int count, int bytes, int begin, int end)
+      : lane_(ring + threadIdx.x % kWarp * 16),
+        row_(reinterpret_cast<uint64_t>(row)),
+        count_(count),
+        at_(begin * kUnit + static_cast<int>(threadIdx.x) % kWarp * 16),
+        bytes_(bytes),
+        left_(count * (end - begin)) {
+#pragma unroll 1
+    for (int i = 0; i < kRing - 1; ++i) copy();
   }
 
-  __device__ __forceinline__ void load(Pack<T, V>& into, const T* row, int piece) {
-    if ((piece * kWarp + static_cast<int>(threadIdx.x) % kWarp) * V < hidden) {
-      into = *reinterpret_cast<const Pack<T, V>*>(row + piece * (kWarp * V));
-    }
+  // This lane's 16 bytes of the next unit; past the row's end they are anything.
+  template <typename Unit>
+  __device__ __forceinline__ Unit next() {
+    static_assert(sizeof(Unit) == 16);
+    asm volatile("cp.async.wait_group %0;\n" ::"n"(kRing - 2) : "memory");
+    const Unit unit = *reinterpret_cast<const Unit*>(lane_ + out_);
+    out_ = out_ + kUnit == kRingBytes ? 0 : out_ + kUnit;
+    copy();
+    return unit;
   }
 
-  __device__ __forceinline__ static void add(float (&sums)[kBlocks][V], const Pack<T, V>& row, unsigned block) {
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      if (block == b) {
-#pragma unroll
-        for (int j = 0; j < V; ++j) sums[b][j] = __fadd_rn(sums[b][j], to_float(row.v[j]));
-      }
+ private:
+  __device__ __forceinline__ void copy() {
+    if (left_ > 0) {
+      const uint64_t row = __shfl_sync(0xffffffffu, row_, row_index_);
+      if (at_ < bytes_) copy_16_async(lane_ + in_, reinterpret_cast<const unsigned char*>(row) + at_);
+      in_ = in_ + kUnit == kRingBytes ? 0 : in_ + kUnit;
+      if (++row_index_ == count_) row_index_ = 0, at_ += kUnit;
+      --left_;
     }
+    asm volatile("cp.async.commit_group;\n" ::: "memory");  // an empty one keeps the count
   }
 
-  // The unrounded sum of this lane's elements of `piece`; `more`: the next piece follows.
-  __device__ __forceinline__ void sum(int piece, bool more, float (&total)[V]) {
-    float sums[kBlocks][V] = {};
+  unsigned char* const lane_;
+  const uint64_t row_;
+  const int count_;
+  int at_;  // byte of the row that this lane copies next
+  const int bytes_;
+  int left_, row_index_ = 0, in_ = 0, out_ = 0;
+};
+
+// Where the blocks of a list end: its first end[b] rows belong to blocks 0 ... b.
+template <int kBlocks>
+struct BlockEnds {
+  int end[kBlocks];
+
+  __device__ __forceinline__ explicit BlockEnds(const SlotList& list) {
+    const bool mine = static_cast<int>(threadIdx.x) % kWarp < list.count;
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (i < list.count) {
-        const Pack<T, V> row = ahead[i];
-        if (more) load(ahead[i], from[i], piece + 1);
-        add(sums, row, codes >> (4 * i) & 15);
-      }
-    }
-    for (int i = kAhead; i < list.count; ++i) {
-      const unsigned block = __shfl_sync(0xffffffffu, list.block, i);
-      const int64_t row = __shfl_sync(0xffffffffu, list.row, i);
-      Pack<T, V> late{};
-      load(late, rows + row * hidden + static_cast<int>(threadIdx.x) % kWarp * V, piece);
-      add(sums, late, block);
-    }
-#pragma unroll
-    for (int step = 1; step < kBlocks; step *= 2) {
-#pragma unroll
-      for (int b = 0; b + step < kBlocks; b += 2 * step) {
-#pragma unroll
-        for (int j = 0; j < V; ++j) sums[b][j] = __fadd_rn(sums[b][j], sums[b + step][j]);
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < V; ++j) total[j] = sums[0][j];
+    for (int b = 0; b < kBlocks; ++b) end[b] = __popc(__ballot_sync(0xffffffffu, mine && list.block <= b));
   }
 };
+
+// The unrounded sum, in the order of the tree, of the next units of the stream: one of each row of the list. A result of
+// the tree is never -0, so that an absent block may be added as +0.
+template <typename T, int V, int kBlocks>
+__device__ __forceinline__ void sum_rows(RowStream& stream, const BlockEnds<kBlocks>& blocks, float (&sum)[V]) {
+  constexpr int kLevels = kBlocks == 8 ? 3 : 2;
+  static_assert(kBlocks == 1 << kLevels && sizeof(Pack<T, V>) == 16);
+  float pending[kLevels][V];
+  int i = 0;
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) sum[j] = 0.0f;
+    for (; i < blocks.end[b]; ++i) {
+      const auto row = stream.next<Pack<T, V>>();
+#pragma unroll
+      for (int j = 0; j < V; ++j) sum[j] = __fadd_rn(sum[j], to_float(row.v[j]));
+    }
+    carry<V, kLevels>(pending, b, sum);
+  }
+}
 
 // Calls body(T{}, blocks) with the rows' type and 4 running sums where this rank's part of the tree has no more, else 8.
 template <typename Body>
@@ -189,6 +215,23 @@ inline void dispatch_partial(ScalarType dtype, const PartialArgs& args, Body&& b
       body(zero, std::integral_constant<int, 8>{});
     }
   });
+}
+
+// Teams of a block: the rings of both halves of the way home, which run side by side and wait for each other's peers,
+// must fit on a multiprocessor (of which each block reserves 1 KiB).
+inline int choose_teams(int device) {
+  int bytes = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+  return bytes >= 2 * (kMostTeams * kTeamShared + 4096) ? kMostTeams : 1;
+}
+
+// All of a multiprocessor's memory set to shared, whichever half comes first.
+template <typename Kernel>
+inline void allow_rings(Kernel kernel, int teams) {
+  allow_shared_memory(kernel, teams * kTeamShared);
+  STD_CUDA_CHECK(cudaFuncSetAttribute(
+      reinterpret_cast<const void*>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout,
+      cudaSharedmemCarveoutMaxShared));
 }
 
 PartialArgs read_partial(

@@ -13,6 +13,17 @@ struct Fp8Unit {
   float scale;   // of their block
 };
 
+// value / scale, correctly rounded; NaN where the value is not finite, which every conversion makes 0x7F. `inverse` is
+// 1 / scale rounded; two steps of Newton from it are exact (as in __fdiv_rn, whose checks of the operands' exponents, made
+// here once a block, cost more than the division) unless the scale is extreme, which `plain` denies.
+__device__ __forceinline__ float fp8_quotient(float value, float scale, float inverse, bool plain) {
+  if (!isfinite(value)) return __int_as_float(0x7FFFFFFF);
+  if (!plain) return __fdiv_rn(value, scale);
+  float quotient = __fmul_rn(value, inverse);
+  quotient = __fmaf_rn(__fmaf_rn(-quotient, scale, value), inverse, quotient);
+  return __fmaf_rn(__fmaf_rn(-quotient, scale, value), inverse, quotient);
+}
+
 // The whole warp calls it; lanes without columns pass zeros.
 __device__ __forceinline__ Fp8Unit fp8_encode(const uint4& bf16) {
   const __nv_bfloat16* x = reinterpret_cast<const __nv_bfloat16*>(&bf16);
@@ -26,15 +37,18 @@ __device__ __forceinline__ Fp8Unit fp8_encode(const uint4& bf16) {
   for (int step = 1; step < 16; step *= 2) peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, step));
   Fp8Unit out;
   out.scale = fmaxf(__fdiv_rn(peak, 448.0f), 1.17549435e-38f);
-  uint8_t bytes[8];
+  const float inverse = __frcp_rn(out.scale);
+  const bool plain = out.scale > 0x1p-100f && out.scale < 0x1p100f;
+  uint32_t words[2] = {};
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const float value = to_float(x[i]);
-    const float quotient = __fdiv_rn(value, out.scale);
-    bytes[i] = isfinite(value) ? __nv_cvt_float_to_fp8(quotient, __NV_SATFINITE, __NV_E4M3) : 0x7F;
+  for (int i = 0; i < 8; i += 2) {
+    float2 quotient;
+    quotient.x = fp8_quotient(to_float(x[i]), out.scale, inverse, plain);
+    quotient.y = fp8_quotient(to_float(x[i + 1]), out.scale, inverse, plain);
+    words[i / 4] |= static_cast<uint32_t>(__nv_cvt_float2_to_fp8x2(quotient, __NV_SATFINITE, __NV_E4M3))
+                    << (8 * (i % 4));
   }
-  out.values.x = bytes[0] | bytes[1] << 8 | bytes[2] << 16 | static_cast<uint32_t>(bytes[3]) << 24;
-  out.values.y = bytes[4] | bytes[5] << 8 | bytes[6] << 16 | static_cast<uint32_t>(bytes[7]) << 24;
+  out.values = {words[0], words[1]};
   return out;
 }
 

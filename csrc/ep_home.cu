@@ -6,8 +6,6 @@
 namespace moe_layer {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-
 struct HomeArgs {
   const int32_t* position_TR;
   const int32_t* ids_TK;
@@ -15,136 +13,166 @@ struct HomeArgs {
   void* out_TD;
   float* d_weights_TK;
   int64_t tokens;
-  int32_t group;  // tokens that a block takes at a time
+  int32_t group;  // tokens that a team takes at a time
   int32_t add_dtype, out_dtype;
 };
 
-// Thread r waits for the chunks of rank r's rows of the tokens [first, end).
+// The team waits for the chunks of the rows of tokens [first, end), a thread for one row.
 __device__ __forceinline__ bool wait_tokens(
     const EpTrip& trip, const HomeArgs& home, int64_t first, int64_t end, uint32_t epoch, uint64_t until) {
   bool ok = true;
-  const int peer = threadIdx.x;
-  if (peer < trip.ranks && peer != trip.me) {
-    int64_t seen = -1;
-    for (int64_t t = first; ok && t < end; ++t) {
-      const int place = home.position_TR[t * trip.ranks + peer];
-      const int64_t chunk = place / trip.chunk_rows;
-      if (place < 0 || chunk == seen) continue;
-      ok = spin(trip, trip.flag(trip.me, peer, chunk), epoch, until, peer);
-      seen = chunk;
-    }
+  const int i = threadIdx.x % kTeam, peer = i % trip.ranks;
+  const int64_t token = first + i / trip.ranks;
+  if (token < end && peer != trip.me) {
+    const int place = home.position_TR[token * trip.ranks + peer];
+    if (place >= 0) ok = spin(trip, trip.flag(trip.me, peer, place / trip.chunk_rows), epoch, until, peer);
   }
-  return __syncthreads_and(ok);
+  return team_and(ok);
 }
 
-// The ranks [kFirst, kFirst + kCount) pairwise, as one tree of 8 in which absent ranks are +0. `place` is lane r's.
-template <int V, int kFirst, int kCount>
-__device__ __forceinline__ void rank_tree(
-    const EpTrip& trip, const PartialArgs& args, int place, const float (&own)[V], int d, float (&sum)[V]) {
-  if constexpr (kCount == 1) {
-    const int64_t at = __shfl_sync(0xffffffffu, place, kFirst);
+// What one warp sums of a token. Rows come in the order own rows, peers' partial rows, what is added; those whose columns
+// are as wide as the own rows' pass through the stream, others are read where they lie.
+struct HomeRow {
+  SlotList own;
+  unsigned senders = 0;  // ranks that have a row
+  bool stream_peers, stream_add;
+  const unsigned char* peer;  // lane r: the row of rank r
+  const unsigned char* row;   // lane i: the i-th row of the stream
+  int count;                  // rows of the stream
+
+  __device__ __forceinline__
+  HomeRow(const EpTrip& trip, const PartialArgs& args, const HomeArgs& home, int64_t t, int element_bytes) {
+    constexpr unsigned kAll = 0xffffffffu;
+    const int lane = threadIdx.x % kWarp;
+    const int64_t row_bytes = args.hidden * static_cast<int64_t>(element_bytes);
+    const int place = lane < trip.ranks ? home.position_TR[t * trip.ranks + lane] : -1;
+    const int own_place = __shfl_sync(kAll, place, trip.me);
+    senders = __ballot_sync(kAll, place >= 0);
+    if (own_place >= 0) own = list_slots(args, args.base_R1[trip.me] + own_place);
+    row = own.address(args, row_bytes);
+    count = own.count;
+    peer = trip.rows(trip.me, lane < trip.ranks ? lane : 0) + (place < 0 ? 0 : place) * trip.width;
+    stream_peers = wire_bytes(args.wire) == element_bytes;
+    for (unsigned left = stream_peers ? senders & ~(1u << trip.me) : 0; left != 0; left &= left - 1) {
+      const uint64_t from = __shfl_sync(kAll, reinterpret_cast<uint64_t>(peer), __ffs(left) - 1);
+      if (lane == count) row = reinterpret_cast<const unsigned char*>(from);
+      ++count;
+    }
+    stream_add = home.add_TD != nullptr && wire_bytes(home.add_dtype) == element_bytes;
+    if (stream_add) {
+      if (lane == count) row = static_cast<const unsigned char*>(home.add_TD) + t * row_bytes;
+      ++count;
+    }
+  }
+};
+
+// V elements of a wire dtype that is as wide as T.
+template <typename T, int V>
+__device__ __forceinline__ void widen(const Pack<T, V>& raw, int32_t dtype, float (&value)[V]) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) sum[i] = 0.0f;
-    if (at < 0) return;
+  for (int i = 0; i < V; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      value[i] = raw.v[i];
+    } else {
+      const auto bits = *reinterpret_cast<const uint16_t*>(&raw.v[i]);
+      value[i] = dtype == kWireBfloat16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16)
+                                        : __half2float(__ushort_as_half(bits));
+    }
+  }
+}
+
+// The ranks pairwise, as one tree of kRanks in which absent ranks are +0.
+template <typename T, int V, int kBlocks, int kRanks>
+__device__ __forceinline__ void sum_token(
+    const EpTrip& trip, const PartialArgs& args, const HomeArgs& home, const HomeRow& row, RowStream& stream,
+    const BlockEnds<kBlocks>& blocks, int64_t t, int d, float (&sum)[V]) {
+  constexpr int kLevels = kRanks == 8 ? 3 : 1;
+  static_assert(kRanks == 1 << kLevels);
+  const bool inside = d < args.hidden;
+  float own[V], pending[kLevels][V];
+  sum_rows<T, V>(stream, blocks, own);
+  round_to_wire<V>(args.wire, own);
+#pragma unroll
+  for (int r = 0; r < kRanks; ++r) {
     float value[V] = {};
-    if (kFirst == trip.me) {
+    if (r == trip.me) {
 #pragma unroll
       for (int i = 0; i < V; ++i) value[i] = own[i];
-    } else if (d < args.hidden) {
-      load_wire<V>(trip.rows(trip.me, kFirst) + at * trip.width, args.wire, d, value);
+    } else if (row.senders >> r & 1) {
+      if (row.stream_peers) {
+        widen(stream.next<Pack<T, V>>(), args.wire, value);
+      } else {
+        const uint64_t from = __shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(row.peer), r);
+        if (inside) load_wire<V>(reinterpret_cast<const void*>(from), args.wire, d, value);
+      }
     }
 #pragma unroll
-    for (int i = 0; i < V; ++i) sum[i] = __fadd_rn(0.0f, value[i]);
-  } else {
-    rank_tree<V, kFirst, kCount / 2>(trip, args, place, own, d, sum);
-    if (kFirst + kCount / 2 >= trip.ranks) return;
-    float other[V];
-    rank_tree<V, kFirst + kCount / 2, kCount / 2>(trip, args, place, own, d, other);
+    for (int i = 0; i < V; ++i) sum[i] = __fadd_rn(0.0f, value[i]);  // a rounded partial row may hold -0
+    carry<V, kLevels>(pending, r, sum);
+  }
+  if (home.add_TD == nullptr) return;
+  float extra[V] = {};
+  if (row.stream_add) {
+    widen(stream.next<Pack<T, V>>(), home.add_dtype, extra);
+  } else if (inside) {
+    load_wire<V>(home.add_TD, home.add_dtype, t * args.hidden + d, extra);
+  }
 #pragma unroll
-    for (int i = 0; i < V; ++i) sum[i] = __fadd_rn(sum[i], other[i]);
+  for (int i = 0; i < V; ++i) sum[i] = __fadd_rn(sum[i], extra[i]);
+}
+
+// Slot k's share of the probabilities' gradient, of the tokens [first, end).
+__device__ __forceinline__ void take_home_probs(
+    const EpTrip& trip, const PartialArgs& args, const HomeArgs& home, int64_t first, int64_t end) {
+  const int per_rank = args.num_experts / trip.ranks, own_base = args.base_R1[trip.me];
+  for (int i = threadIdx.x % kTeam; i < static_cast<int>(end - first) * args.slots; i += kTeam) {
+    const int64_t token = first + i / args.slots, k = i % args.slots;
+    const int id = home.ids_TK[token * args.slots + k];
+    const int owner = id >= 0 && id < args.num_experts ? id / per_rank : -1;
+    const int64_t place = owner >= 0 ? home.position_TR[token * trip.ranks + owner] : -1;
+    float value = 0.0f;
+    if (place >= 0 && owner == trip.me) {
+      const int row = args.row_CK[(own_base + place) * args.slots + k];
+      if (row >= 0 && row < args.num_rows) value = args.probs_N[row];
+    } else if (place >= 0) {
+      value = __int_as_float(__ldcg(trip.words(trip.me, owner) + place * args.slots + k));
+    }
+    home.d_weights_TK[token * args.slots + k] = value;
   }
 }
 
-// kPair: two ranks, whose one peer's row is read a piece ahead like the own ones.
-template <typename T, int kBlocks, bool kPair>
-__global__ void __launch_bounds__(kThreads, 2) ep_home_kernel(EpTrip trip, PartialArgs args, HomeArgs home) {
+template <typename T, int kBlocks, int kRanks>
+__global__ void __launch_bounds__(kMostTeams* kTeam, 2) ep_home_kernel(EpTrip trip, PartialArgs args, HomeArgs home) {
+  extern __shared__ __align__(16) unsigned char rings[];
   constexpr int V = 16 / sizeof(T);
-  constexpr unsigned kAll = 0xffffffffu;
   __shared__ int32_t counts[kMostRanks];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x % kTeam / kWarp;
+  unsigned char* ring = rings + threadIdx.x / kWarp * kRingBytes;
   const uint64_t until = now_ns() + trip.deadline_ns;
   bool ok = wait_headers(trip, until, counts);
   const uint32_t epoch = trip.epoch(kReceived) + 1;
-  const int own_base = args.base_R1[trip.me];
-  const int pieces = ceil_div(args.hidden, V * kWarp), per_rank = args.num_experts / trip.ranks;
-  const int parts = kWarps / home.group;
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * home.group; ok && first < home.tokens;
-       first += static_cast<int64_t>(gridDim.x) * home.group) {
-    const int64_t end = min(first + home.group, home.tokens);
+  const int pieces = ceil_div(args.hidden, V * kWarp), parts = kTeamWarps / home.group;
+  const int begin = pieces * (warp % parts) / parts, stop = pieces * (warp % parts + 1) / parts;
+  const int64_t each = static_cast<int64_t>(gridDim.x) * home.group;
+  for (int64_t first = team_index() * each + static_cast<int64_t>(blockIdx.x) * home.group; ok && first < home.tokens;
+       first += team_count() * each) {
+    const int64_t end = min(first + home.group, home.tokens), t = first + warp / parts;
     ok = wait_tokens(trip, home, first, end, epoch, until);
     if (!ok) break;
-    const int64_t t = first + warp / parts;
-    const int begin = pieces * (warp % parts) / parts, stop = pieces * (warp % parts + 1) / parts;
     if (t < end && begin < stop) {
-      const int place = lane < trip.ranks ? home.position_TR[t * trip.ranks + lane] : -1;
-      const int own_place = __shfl_sync(kAll, place, trip.me);
-      const unsigned senders = __ballot_sync(kAll, place >= 0);
-      SlotList list;
-      if (own_place >= 0) list = list_slots(args, own_base + own_place);
-      PartialRow<T, V, kBlocks> row(args, list, begin);
-      const int near = __ffs(senders & ~(1u << trip.me)) - 1;
-      const bool ahead = kPair && near >= 0 && wire_bytes(args.wire) == 2;
-      const uint8_t* near_row =
-          near < 0 ? nullptr : trip.rows(trip.me, near) + __shfl_sync(kAll, place, near & 31) * trip.width;
-      Pack<uint16_t, V> raw{};
-      if (ahead && (begin * kWarp + lane) * V < args.hidden) raw = wire_pack<V>(near_row, (begin * kWarp + lane) * V);
+      const HomeRow row(trip, args, home, t, sizeof(T));
+      const BlockEnds<kBlocks> blocks(row.own);
+      RowStream stream(ring, row.row, row.count, args.hidden * static_cast<int>(sizeof(T)), begin, stop);
       for (int piece = begin; piece < stop; ++piece) {
         const int d = (piece * kWarp + lane) * V;
-        const bool inside = d < args.hidden;
-        float own[V];
-        row.sum(piece, piece + 1 < stop, own);
-        round_to_wire<V>(args.wire, own);
-        float sum[V] = {};
-        if constexpr (kPair) {
-          float value[V] = {};
-          if (ahead) {
-            widen<V>(raw, args.wire, value);
-            if (piece + 1 < stop && d + kWarp * V < args.hidden) raw = wire_pack<V>(near_row, d + kWarp * V);
-          } else if (near >= 0 && inside) {
-            load_wire<V>(near_row, args.wire, d, value);
-          }
-#pragma unroll
-          for (int i = 0; i < V; ++i) sum[i] = __fadd_rn(__fadd_rn(0.0f, own[i]), __fadd_rn(0.0f, value[i]));
-        } else {
-          rank_tree<V, 0, 8>(trip, args, place, own, d, sum);
-        }
-        if (inside) {
-          if (home.add_TD != nullptr) {
-            float extra[V];
-            load_wire<V>(home.add_TD, home.add_dtype, t * args.hidden + d, extra);
-#pragma unroll
-            for (int i = 0; i < V; ++i) sum[i] = __fadd_rn(sum[i], extra[i]);
-          }
-          store_wire<V>(home.out_TD, home.out_dtype, t * args.hidden + d, sum);
-        }
+        float sum[V];
+        sum_token<T, V, kBlocks, kRanks>(trip, args, home, row, stream, blocks, t, d, sum);
+        if (d < args.hidden) store_wire<V>(home.out_TD, home.out_dtype, t * args.hidden + d, sum);
       }
     }
-    if (home.d_weights_TK == nullptr) continue;
-    for (int i = threadIdx.x; i < static_cast<int>(end - first) * args.slots; i += kThreads) {
-      const int64_t token = first + i / args.slots, k = i % args.slots;
-      const int id = home.ids_TK[token * args.slots + k];
-      const int owner = id >= 0 && id < args.num_experts ? id / per_rank : -1;
-      const int64_t place = owner >= 0 ? home.position_TR[token * trip.ranks + owner] : -1;
-      float value = 0.0f;
-      if (place >= 0 && owner == trip.me) {
-        const int row = args.row_CK[(own_base + place) * args.slots + k];
-        if (row >= 0 && row < args.num_rows) value = args.probs_N[row];
-      } else if (place >= 0) {
-        value = __int_as_float(__ldcg(trip.words(trip.me, owner) + place * args.slots + k));
-      }
-      home.d_weights_TK[token * args.slots + k] = value;
-    }
+    if (home.d_weights_TK != nullptr) take_home_probs(trip, args, home, first, end);
   }
+  ok = __syncthreads_and(ok);  // the teams meet again
   if (!ok) {
     poison(home.out_TD, home.tokens * args.hidden * (home.out_dtype == kWireFloat ? 4 : 2));
     if (home.d_weights_TK != nullptr) poison(home.d_weights_TK, home.tokens * args.slots * 4);
@@ -175,7 +203,10 @@ std::tuple<Tensor, Tensor> ep_home(
   check_tensor(position, "position", ScalarType::Int, 2);
   check_tensor(own_ids, "ids", ScalarType::Int, 2);
   check_size(position, "position", 1, trip.ranks);
-  STD_TORCH_CHECK(trip.ranks <= 8, "ep_home serves at most 8 ranks, got ", trip.ranks);
+  STD_TORCH_CHECK(
+      trip.ranks <= 8 && args.slots + trip.ranks <= kWarp,
+      "ep_home serves at most 8 ranks and slots + ranks of at most ", kWarp, ", got ", trip.ranks, " ranks and ",
+      args.slots, " slots");
   const int64_t T = position.size(0);
   check_size(own_ids, "ids", 0, T);
   check_size(own_ids, "ids", 1, args.slots);
@@ -198,18 +229,23 @@ std::tuple<Tensor, Tensor> ep_home(
     home.add_TD = add->const_data_ptr();
     home.add_dtype = dtype_code(*add);
   }
+  // Small groups: after the last chunk has arrived, what the teams still have in hand is what remains to be done.
   const int64_t most = sm_count(state.get_device_index());
-  home.group = kWarps;
-  while (home.group > 1 && ceil_div<int64_t>(T, home.group) < most) home.group /= 2;
+  const int teams = choose_teams(state.get_device_index());
+  home.group = kTeamWarps;
+  while (home.group > 1 && ceil_div<int64_t>(T, home.group) < 4 * most * teams) home.group /= 2;
   const int64_t groups = ceil_div<int64_t>(T, home.group);
   const int grid = static_cast<int>(groups < 1 ? 1 : groups < most ? groups : most);
   const cudaStream_t stream = current_stream(state);
+  const auto run = [&](auto kernel) {
+    allow_rings(kernel, teams);
+    kernel<<<grid, teams * kTeam, teams * kTeamShared, stream>>>(trip, args, home);
+  };
   dispatch_float(rows.scalar_type(), "rows", [&](auto zero) {
-    using T = decltype(zero);
     if (trip.ranks == 2 && args.own_blocks <= 4) {
-      ep_home_kernel<T, 4, true><<<grid, kThreads, 0, stream>>>(trip, args, home);
+      run(ep_home_kernel<decltype(zero), 4, 2>);
     } else {
-      ep_home_kernel<T, 8, false><<<grid, kThreads, 0, stream>>>(trip, args, home);
+      run(ep_home_kernel<decltype(zero), 8, 8>);
     }
   });
   MOE_LAUNCH_CHECK();

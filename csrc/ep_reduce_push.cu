@@ -49,12 +49,12 @@ PartialArgs read_partial(
 
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-
 template <typename T, int kBlocks>
-__global__ void __launch_bounds__(kThreads, 2) ep_reduce_push_kernel(EpTrip trip, PartialArgs args) {
+__global__ void __launch_bounds__(kMostTeams* kTeam, 2) ep_reduce_push_kernel(EpTrip trip, PartialArgs args) {
+  extern __shared__ __align__(16) unsigned char rings[];
   constexpr int V = 16 / sizeof(T);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x % kTeam / kWarp;
+  unsigned char* ring = rings + threadIdx.x / kWarp * kRingBytes;
   if (!wait_credits(trip, now_ns() + trip.deadline_ns)) return;
   const uint32_t epoch = trip.epoch(kSent) + 1;
   if (blockIdx.x == 0 && threadIdx.x < trip.ranks) {
@@ -65,9 +65,11 @@ __global__ void __launch_bounds__(kThreads, 2) ep_reduce_push_kernel(EpTrip trip
     if (r != trip.me) most = max(most, args.base_R1[r + 1] - args.base_R1[r]);
   }
   most = min(most, trip.max_rows);
-  const int pieces = ceil_div(args.hidden, V * kWarp), parts = max(1, kWarps / trip.chunk_rows);
+  const int64_t row_bytes = args.hidden * static_cast<int64_t>(sizeof(T));
+  const int pieces = ceil_div(args.hidden, V * kWarp), parts = max(1, kTeamWarps / trip.chunk_rows);
   const int64_t items = static_cast<int64_t>(ceil_div(most, trip.chunk_rows)) * (trip.ranks - 1);
-  for (int64_t q = blockIdx.x; q < items; q += gridDim.x) {
+  for (int64_t q = team_index() * static_cast<int64_t>(gridDim.x) + blockIdx.x; q < items;
+       q += team_count() * gridDim.x) {
     int peer;
     int64_t chunk;
     nth_chunk(trip, q, peer, chunk);
@@ -75,29 +77,32 @@ __global__ void __launch_bounds__(kThreads, 2) ep_reduce_push_kernel(EpTrip trip
     const int first = static_cast<int>(chunk) * trip.chunk_rows;
     if (first >= count) continue;
     const int rows = min(trip.chunk_rows, count - first);
-    // A warp takes a row, or a part of it where a chunk has fewer rows than the block has warps.
-    for (int item = warp; item < rows * parts; item += kWarps) {
+    // A warp takes a row, or a part of it where a chunk has fewer rows than the team has warps.
+    for (int item = warp; item < rows * parts; item += kTeamWarps) {
       const int j = first + item / parts, part = item % parts;
       const int begin = pieces * part / parts, end = pieces * (part + 1) / parts;
       if (begin == end) continue;
-      PartialRow<T, V, kBlocks> row(args, list_slots(args, base + j), begin);
+      const SlotList list = list_slots(args, base + j);
+      const BlockEnds<kBlocks> blocks(list);
+      RowStream stream(ring, list.address(args, row_bytes), list.count, static_cast<int>(row_bytes), begin, end);
       uint8_t* to = trip.rows(peer, trip.me) + j * trip.width;
       for (int piece = begin; piece < end; ++piece) {
         float sum[V];
-        row.sum(piece, piece + 1 < end, sum);
+        sum_rows<T, V>(stream, blocks, sum);
         const int d = (piece * kWarp + lane) * V;
         if (d < args.hidden) store_wire<V>(to, args.wire, d, sum);
       }
     }
     if (args.probs_N != nullptr) {
       float* words = reinterpret_cast<float*>(trip.words(peer, trip.me));
-      for (int i = threadIdx.x; i < rows * args.slots; i += kThreads) {
+      for (int i = threadIdx.x % kTeam; i < rows * args.slots; i += kTeam) {
         const int64_t at = static_cast<int64_t>(first) * args.slots + i;
         const int row = args.row_CK[static_cast<int64_t>(base) * args.slots + at];
         words[at] = row >= 0 && row < args.num_rows ? args.probs_N[row] : 0.0f;
       }
     }
-    publish(trip, peer, chunk, epoch);
+    team_sync();
+    if (threadIdx.x % kTeam == 0) publish(trip, peer, chunk, epoch);
   }
   if (last_block(trip, kSendTicket, gridDim.x) && threadIdx.x == 0) {
     trip.state[trip.counters + kSent] = static_cast<int32_t>(epoch);
@@ -113,9 +118,11 @@ void ep_reduce_push(
   const PartialArgs args =
       read_partial(trip, rows, row_index, ids, base, probs, wire, num_experts, tree_blocks, compact);
   const cudaStream_t stream = current_stream(state);
-  const int grid = to_int32(blocks, "blocks");
+  const int grid = to_int32(blocks, "blocks"), teams = choose_teams(state.get_device_index());
   dispatch_partial(rows.scalar_type(), args, [&](auto zero, auto blocks_c) {
-    ep_reduce_push_kernel<decltype(zero), blocks_c.value><<<grid, kThreads, 0, stream>>>(trip, args);
+    const auto kernel = ep_reduce_push_kernel<decltype(zero), blocks_c.value>;
+    allow_rings(kernel, teams);
+    kernel<<<grid, teams * kTeam, teams * kTeamShared, stream>>>(trip, args);
   });
   MOE_LAUNCH_CHECK();
 }

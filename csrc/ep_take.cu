@@ -10,7 +10,7 @@
 namespace moe_layer {
 namespace {
 
-constexpr int kThreads = 256, kAhead = 8, kBlocksPerSm = 3;
+constexpr int kThreads = 256, kAhead = 8, kBlocksPerSm = 3, kDecodeBlocksPerSm = 2;
 
 struct TakeArgs {
   EpTrip trip;
@@ -190,7 +190,7 @@ void ep_take(
   }
   const cudaStream_t stream = current_stream(state);
   const int64_t chunks = ceil_div<int64_t>(args.trip.max_rows, args.trip.chunk_rows) * args.trip.ranks;
-  const int64_t most = kBlocksPerSm * sm_count(state.get_device_index());
+  const int64_t most = (fp8 ? kDecodeBlocksPerSm : kBlocksPerSm) * sm_count(state.get_device_index());
   const int grid = static_cast<int>(chunks < most ? chunks : most);
   if (fp8) {
     ep_take_kernel<uint4, true><<<grid, kThreads, 0, stream>>>(args);

@@ -6,14 +6,11 @@
 // where an absent slot, block or subtree is skipped and not added as zero. All of it in fp32 with the _rn intrinsics: an
 // FMA would round once where the CPU reference rounds twice. A weight multiplies its row (rounded) before the addition.
 //
-// Three pieces, from the bottom (tree_reduce.cu has a faster way for rows in memory of one GPU):
-//   TreeStack        the running sum: add(value, block) in ascending (block, expert, slot) order, then finish(sum).
-//                    Blocks need not be single blocks of the tree: a *partial* sum over blocks [b, b + n), n a power of
-//                    two dividing b, is added with any one label inside, usually b. So the home rank adds one partial
-//                    of each rank with label rank * (blocks / ranks), ascending, and gets the bits of one rank.
+// Pieces (tree_reduce.cu has a faster way for rows in memory of one GPU, ep_combine.cuh one for rows that arrive):
+//   TreeStack        any number of blocks: add(value, block) in ascending (block, expert, slot) order, then finish(sum).
 //   order_slots      a warp ranks the K <= 32 slots of its token by (expert, slot); lane k holds slot k.
-//   warp_tree_sum    both, over rows in memory: each lane sums V consecutive elements; the caller says where a slot's
-//                    row lies (any address a lane can read: local, peer, shared).
+//   carry            up to 8 blocks, of which absent ones are added as +0: a sum is never -0, so that skipping them gives
+//                    the same bits.
 #pragma once
 
 #include "common.cuh"
@@ -114,43 +111,31 @@ __device__ __forceinline__ SlotOrder order_slots(bool present, int id, int slots
   return {present ? rank : -1, __popc(__ballot_sync(kAll, present)), present ? tree_block(id, blocks, num_experts) : 0};
 }
 
-// sum[i] = the tree over the token's rows of element i, of V consecutive elements of this lane. The whole warp calls it.
-//   row_of(k)  const T*: this lane's first element in slot k's row (aligned as Pack<T, V>). Called by all lanes together
-//              with the same k, so it may shuffle; for k of a present slot only the result is read, where `inside`.
-//   weight     this lane's slot's factor, used where `weighted` (uniform).
-//   inside     false: this lane has no elements (its sum is then unspecified).
-// kDepth 4 serves up to 8 blocks. kAhead rows are in flight before the first addition.
-template <typename T, int V, int kDepth, int kAhead, typename RowOf>
-__device__ __forceinline__ void warp_tree_sum(
-    const SlotOrder& order, bool weighted, float weight, bool inside, RowOf row_of, float (&sum)[V]) {
-  constexpr unsigned kAll = 0xffffffffu;
-  TreeStack<V, kDepth> stack;
-  for (int first = 0; first < order.count; first += kAhead) {
-    Pack<T, V> ahead[kAhead];
-    int from[kAhead];
+// Joins the sum of leaf `b` of a tree of 2^kLevels leaves with the left subtrees that wait for it, as a binary counter
+// carries; leaves come in ascending order, and after the last one `sum` is the total. `b` must be known when compiled.
+template <int V, int kLevels>
+__device__ __forceinline__ void carry(float (&pending)[kLevels][V], int b, float (&sum)[V]) {
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      from[i] = __ffs(__ballot_sync(kAll, order.rank == first + i)) - 1;
-      const T* row = row_of(from[i] & 31);
-      if (first + i < order.count && inside) ahead[i] = *reinterpret_cast<const Pack<T, V>*>(row);
-    }
+  for (int level = 0; level < kLevels; ++level) {
+    const bool right = (b >> level & 1) != 0;
+    const bool complete = (b & ((1 << level) - 1)) == (1 << level) - 1;
+    if (!complete) continue;
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (first + i < order.count) {
-        const int into = __shfl_sync(kAll, order.block, from[i]);
-        float value[V];
-#pragma unroll
-        for (int j = 0; j < V; ++j) value[j] = to_float(ahead[i].v[j]);
-        if (weighted) {
-          const float factor = __shfl_sync(kAll, weight, from[i]);
-#pragma unroll
-          for (int j = 0; j < V; ++j) value[j] = __fmul_rn(value[j], factor);
-        }
-        stack.add(value, into);
+    for (int i = 0; i < V; ++i) {
+      if (right) {
+        sum[i] = __fadd_rn(pending[level][i], sum[i]);
+      } else {
+        pending[level][i] = sum[i];
       }
     }
+    if (!right) break;
   }
-  stack.finish(sum);
+}
+
+// Starts a copy of 16 bytes, global to shared memory, past L1: every row is read once.
+__device__ __forceinline__ void copy_16_async(void* shared, const void* global) {
+  const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(target), "l"(global) : "memory");
 }
 
 }  // namespace moe_layer

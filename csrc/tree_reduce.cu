@@ -52,12 +52,6 @@ constexpr int64_t stage_bytes(int64_t slots, int pieces) {
   return slots * pieces * kWarp * 16 + round_up<int64_t>(slots, 16);
 }
 
-// Starts a copy of 16 bytes, global to shared memory, past L1: every row is read once.
-__device__ __forceinline__ void copy_16_async(void* shared, const void* global) {
-  const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(target), "l"(global) : "memory");
-}
-
 // sums[p][i] = the tree over the token's rows of element i of the V consecutive ones of this lane in piece p. For at most 8
 // blocks and 32 slots. The whole warp calls it.
 //   stage      stage_bytes(slots, P) bytes of shared memory of this warp, aligned to 16.

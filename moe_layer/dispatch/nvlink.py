@@ -51,7 +51,7 @@ from moe_layer.ops.fp8_rows import BLOCK
 from moe_layer.types import DispatchPlan, GradientLink, Received, Routing
 
 _FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MOST_RANKS, _MOST_SLOTS = 8, 32
+_MOST_RANKS, _MOST_ROWS = 8, 32  # a warp sums a token's rows, one of each slot, one of each peer and what is added
 
 
 class NvlinkDispatcher(ExchangeDispatcher):
@@ -104,7 +104,7 @@ class NvlinkDispatcher(ExchangeDispatcher):
             and (self.config.capacity == "dropless" or self.config.overflow == "error")
             and x_TD.dtype in _FUSED_DTYPES
             and row_width(x_TD) % 16 == 0
-            and self.top_k <= _MOST_SLOTS
+            and self.top_k + self.link.size <= _MOST_ROWS
             and self.link.size <= _MOST_RANKS
         )
 

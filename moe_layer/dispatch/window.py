@@ -53,14 +53,16 @@ class WindowSize:
     meta_words: int
     depth: int
 
-    @property
-    def chunk_rows(self) -> int:
-        """Rows that arrive under one flag: enough chunks to keep every multiprocessor busy, few enough words."""
-        return min(64, max(4, self.max_tokens // 256))
+    def chunk_rows(self, *, home: bool) -> int:
+        """Rows that arrive under one flag: enough chunks to keep every multiprocessor busy, few enough words.
 
-    @property
-    def max_chunks(self) -> int:
-        return -(-self.max_tokens // self.chunk_rows)
+        Home, all multiprocessors send, each a chunk at a time that takes it a while to sum: what is in their hands when
+        the last rows arrive is what remains to be done.
+        """
+        return min(64, max(1, self.max_tokens // 2048) if home else max(4, self.max_tokens // 256))
+
+    def max_chunks(self, *, home: bool) -> int:
+        return -(-self.max_tokens // self.chunk_rows(home=home))
 
     @property
     def data_block(self) -> int:
@@ -72,7 +74,7 @@ class WindowSize:
 
     @property
     def word_bytes(self) -> int:
-        return _round(4 * self.ranks * (2 + self.max_chunks))
+        return _round(4 * self.ranks * (2 + max(self.max_chunks(home=home) for home in (False, True))))
 
     @property
     def slot_bytes(self) -> int:
@@ -95,7 +97,7 @@ class WindowSize:
 
     def offsets(self, slot: int) -> dict[str, int]:
         """Where a slot's parts lie, under the names of `ep.TRIP_WORDS`."""
-        ready = slot * self.word_bytes
+        ready, home = slot * self.word_bytes, slot >= self.depth
         header = 2 * self.depth * self.word_bytes + slot * self.slot_bytes
         meta = header + _round(self.ranks * ep.HEADER_BYTES)
         return {
@@ -109,8 +111,8 @@ class WindowSize:
             "meta_block": self.meta_block,
             "data_block": self.data_block,
             "max_rows": self.max_tokens,
-            "chunk_rows": self.chunk_rows,
-            "max_chunks": self.max_chunks,
+            "chunk_rows": self.chunk_rows(home=home),
+            "max_chunks": self.max_chunks(home=home),
         }
 
 

@@ -192,7 +192,7 @@ def test_sizes_add_up() -> None:
             spans += [
                 (at["ready"], 4 * R),
                 (at["credit"], 4 * R),
-                (at["flags"], 4 * R * size.max_chunks),
+                (at["flags"], 4 * R * at["max_chunks"]),
                 (at["header"], ep.HEADER_BYTES * R),
                 (at["meta"], size.meta_block * R),
                 (at["data"], size.data_block * R),
