@@ -38,6 +38,10 @@ struct EpTrip {
   __device__ int32_t* words(int peer, int source) const {
     return reinterpret_cast<int32_t*>(window(peer) + meta + source * meta_block);
   }
+  // How many slots of each of the peer's experts the source sends: the last words of its block.
+  __device__ int32_t* expert_counts(int peer, int source, int num_local) const {
+    return words(peer, source) + meta_block / 4 - num_local;
+  }
   __device__ int32_t* head(int peer, int source) const {
     return reinterpret_cast<int32_t*>(window(peer) + header + source * kHeaderBytes);
   }

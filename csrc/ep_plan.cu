@@ -1,87 +1,175 @@
-// Which tokens go to which rank, in token order: one block a rank, four tokens a thread and step. Twin of ep_plan in
-// moe_layer/ops/ep.py.
+// Which tokens go to which rank, in token order, and each slot's place among this rank's slots of its expert. Twin of
+// ep_plan in moe_layer/ops/ep.py.
+//
+// Tokens are cut into one contiguous piece per block and one segment per warp. The first kernel counts per piece; in the
+// second every block sums the counts of the pieces before it and its warps rank their segments in order, so that no
+// atomic decides an order. A *column* is an expert, or E + a rank.
 
-#include "common.cuh"
+#include "ep.cuh"
 
 namespace moe_layer {
 namespace {
 
-constexpr int kThreads = 1024, kEach = 4;
+constexpr int kMostWarps = 4, kMostBlocks = 64;
+constexpr int64_t kMaxShared = 160 * 1024;  // sm_80 allows 163 KiB
 
-__global__ void __launch_bounds__(kThreads) ep_plan_kernel(
-    const int32_t* __restrict__ ids_TK, int32_t* tokens_RT, int32_t* position_TR, int32_t* counts_R, int32_t T,
-    int32_t K, int32_t experts_per_rank, bool wide) {
-  __shared__ int32_t sums[kThreads / kWarp];
-  const int rank = blockIdx.x, ranks = gridDim.x, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int first_expert = rank * experts_per_rank;
-  int32_t sent = 0;
-  for (int64_t begin = 0; begin < T; begin += kThreads * kEach) {
-    const int64_t token = begin + threadIdx.x * kEach;
+struct PlanArgs {
+  const int32_t* ids_TK;
+  int32_t* tokens_RT;
+  int32_t* position_TR;
+  int32_t* counts_R;
+  int32_t* words_T2K;
+  int32_t* counts_E;
+  int32_t* piece_counts;  // [blocks, columns]
+  int32_t T, K, experts, ranks, segment;
+
+  __device__ int columns() const { return experts + ranks; }
+  // The ranks that a token goes to, as bits.
+  __device__ unsigned ranks_of(int token) const {
     unsigned goes = 0;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      if (token + i < T) {
-        const auto look = [&](int32_t id) {
-          const unsigned local = static_cast<unsigned>(id - first_expert);
-          goes |= static_cast<unsigned>(local < static_cast<unsigned>(experts_per_rank)) << i;
-        };
-        const int32_t* ids_K = ids_TK + (token + i) * K;
-        if (wide) {  // K in whole 16-byte units
-#pragma unroll 2
-          for (int k = 0; k < K; k += 4) {
-            const int4 ids = *reinterpret_cast<const int4*>(ids_K + k);
-            look(ids.x), look(ids.y), look(ids.z), look(ids.w);
-          }
-        } else {
-          for (int k = 0; k < K; ++k) look(ids_K[k]);
-        }
-      }
+    const int per_rank = experts / ranks;
+    for (int k = 0; k < K; ++k) {
+      const int id = ids_TK[static_cast<int64_t>(token) * K + k];
+      if (id >= 0 && id < experts) goes |= 1u << (id / per_rank);
     }
-    const int mine = __popc(goes);
-    int before = mine;
-    for (int step = 1; step < kWarp; step *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, before, step);
-      if (lane >= step) before += other;
-    }
-    if (lane == kWarp - 1) sums[warp] = before;
-    __syncthreads();
-    int below = 0, total = 0;
-    for (int i = 0; i < kThreads / kWarp; ++i) {
-      below += i < warp ? sums[i] : 0;
-      total += sums[i];
-    }
-    __syncthreads();
-    int place = sent + below + before - mine;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      if (token + i < T) {
-        const bool sends = goes >> i & 1;
-        position_TR[(token + i) * ranks + rank] = sends ? place : -1;
-        if (sends) tokens_RT[static_cast<int64_t>(rank) * T + place++] = static_cast<int32_t>(token + i);
-      }
-    }
-    sent += total;
+    return goes;
   }
-  if (threadIdx.x == 0) counts_R[rank] = sent;
+};
+
+// Adds the slots and tokens [begin, end) to the columns; for whole warps, each with its own range or all with one.
+__device__ __forceinline__ void count_range(
+    const PlanArgs& args, int begin, int end, int first, int step, int32_t* columns) {
+  for (int64_t p = static_cast<int64_t>(begin) * args.K + first; p < static_cast<int64_t>(end) * args.K; p += step) {
+    const int id = args.ids_TK[p];
+    if (id >= 0 && id < args.experts) atomicAdd(&columns[id], 1);
+  }
+  const int lane = threadIdx.x % kWarp;
+  for (int base = begin + first - lane; base < end; base += step) {
+    const unsigned goes = base + lane < end ? args.ranks_of(base + lane) : 0;
+    for (int r = 0; r < args.ranks; ++r) {
+      const int count = __popc(__ballot_sync(0xffffffffu, goes >> r & 1));
+      if (lane == 0 && count != 0) atomicAdd(&columns[args.experts + r], count);
+    }
+  }
 }
 
-std::tuple<Tensor, Tensor, Tensor> ep_plan(const Tensor& ids_in, int64_t num_experts, int64_t num_ranks) {
+__global__ void __launch_bounds__(kMostWarps* kWarp) count_plan_kernel(PlanArgs args) {
+  extern __shared__ int32_t columns[];
+  for (int j = threadIdx.x; j < args.columns(); j += blockDim.x) columns[j] = 0;
+  __syncthreads();
+  const int piece = args.segment * (blockDim.x / kWarp), begin = blockIdx.x * piece;
+  count_range(args, begin, min(begin + piece, args.T), threadIdx.x, blockDim.x, columns);
+  __syncthreads();
+  int32_t* target = args.piece_counts + static_cast<int64_t>(blockIdx.x) * args.columns();
+  for (int j = threadIdx.x; j < args.columns(); j += blockDim.x) target[j] = columns[j];
+}
+
+__global__ void __launch_bounds__(kMostWarps* kWarp) place_plan_kernel(PlanArgs args) {
+  extern __shared__ int32_t next_WC[];  // per warp: counts, then the next place in each column
+  constexpr unsigned kAll = 0xffffffffu;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int columns = args.columns(), last_block = gridDim.x - 1;
+  for (int i = threadIdx.x; i < warps * columns; i += blockDim.x) next_WC[i] = 0;
+  __syncthreads();
+  const int begin = min((static_cast<int>(blockIdx.x) * warps + warp) * args.segment, args.T);
+  const int end = min(begin + args.segment, args.T);
+  int32_t* next_C = next_WC + warp * columns;
+  count_range(args, begin, end, lane, kWarp, next_C);
+  __syncthreads();
+  for (int j = threadIdx.x; j < columns; j += blockDim.x) {
+    int next = 0;
+#pragma unroll 16
+    for (int b = 0; b < static_cast<int>(blockIdx.x); ++b) {
+      next += args.piece_counts[static_cast<int64_t>(b) * columns + j];
+    }
+    for (int w = 0; w < warps; ++w) {
+      const int count = next_WC[w * columns + j];
+      next_WC[w * columns + j] = next;
+      next += count;
+    }
+    if (static_cast<int>(blockIdx.x) == last_block) {
+      (j < args.experts ? args.counts_E[j] : args.counts_R[j - args.experts]) = next;
+    }
+  }
+  __syncthreads();
+
+  const int64_t slots_end = static_cast<int64_t>(end) * args.K;
+  for (int64_t base = static_cast<int64_t>(begin) * args.K; base < slots_end; base += kWarp) {
+    const int64_t p = base + lane;
+    const int id = p < slots_end ? args.ids_TK[p] : -1;
+    const bool present = id >= 0 && id < args.experts;
+    const unsigned same = __match_any_sync(kAll, present ? id : -1);
+    const int place = present ? next_C[id] + __popc(same & ((1u << lane) - 1)) : -1;
+    __syncwarp();
+    if (present && lane == __ffs(same) - 1) next_C[id] += __popc(same);
+    __syncwarp();
+    if (p < slots_end) {
+      const int64_t token = p / args.K, k = p - token * args.K;
+      args.words_T2K[token * 2 * args.K + k] = id;
+      args.words_T2K[token * 2 * args.K + args.K + k] = place;
+    }
+  }
+  for (int base = begin; base < end; base += kWarp) {
+    const int token = base + lane;
+    const unsigned goes = token < end ? args.ranks_of(token) : 0;
+    for (int r = 0; r < args.ranks; ++r) {
+      const unsigned all = __ballot_sync(kAll, goes >> r & 1);
+      const int place = next_C[args.experts + r] + __popc(all & ((1u << lane) - 1));
+      __syncwarp();
+      if (lane == 0) next_C[args.experts + r] += __popc(all);
+      __syncwarp();
+      if (token >= end) continue;
+      const bool sends = goes >> r & 1;
+      args.position_TR[static_cast<int64_t>(token) * args.ranks + r] = sends ? place : -1;
+      if (sends) args.tokens_RT[static_cast<int64_t>(r) * args.T + place] = token;
+    }
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ep_plan(
+    const Tensor& ids_in, int64_t num_experts, int64_t num_ranks) {
   const Tensor ids = torch::stable::contiguous(ids_in);
   check_tensor(ids, "ids", ScalarType::Int, 2);
   STD_TORCH_CHECK(
-      num_ranks >= 1 && num_experts % num_ranks == 0, "num_ranks (", num_ranks, ") must divide num_experts (",
-      num_experts, ")");
+      num_ranks >= 1 && num_ranks <= kMostRanks && num_experts % num_ranks == 0, "num_ranks (", num_ranks,
+      ") must divide num_experts (", num_experts, ") and be at most ", kMostRanks);
+  const int64_t most_columns = kMaxShared / static_cast<int64_t>(sizeof(int32_t));
+  STD_TORCH_CHECK(
+      num_experts + num_ranks <= most_columns, "num_experts must be at most ", most_columns - num_ranks, ", got ",
+      num_experts);
   const DeviceGuard guard(ids.get_device_index());
-  const int64_t T = ids.size(0), K = ids.size(1);
-  Tensor tokens = new_empty(ids, {num_ranks, T}, ScalarType::Int);
-  Tensor position = new_empty(ids, {T, num_ranks}, ScalarType::Int);
-  Tensor counts = new_empty(ids, {num_ranks}, ScalarType::Int);
-  ep_plan_kernel<<<static_cast<int>(num_ranks), kThreads, 0, current_stream(ids)>>>(
-      in_ptr<int32_t>(ids), out_ptr<int32_t>(tokens), out_ptr<int32_t>(position), out_ptr<int32_t>(counts),
-      to_int32(T, "T"), to_int32(K, "K"), to_int32(num_experts / num_ranks, "experts per rank"),
-      K % 4 == 0 && reinterpret_cast<uintptr_t>(ids.const_data_ptr()) % 16 == 0);
+  const int64_t T = ids.size(0), K = ids.size(1), columns = num_experts + num_ranks;
+  constexpr ScalarType i32 = ScalarType::Int;
+  Tensor tokens = new_empty(ids, {num_ranks, T}, i32), position = new_empty(ids, {T, num_ranks}, i32);
+  Tensor counts = new_empty(ids, {num_ranks}, i32), words = new_empty(ids, {T, 2 * K}, i32);
+  Tensor counts_E = new_empty(ids, {num_experts}, i32);
+  const int64_t fitting = most_columns / columns, warps = fitting < kMostWarps ? fitting : kMostWarps;
+  const int64_t segment = round_up<int64_t>(ceil_div<int64_t>(T > 0 ? T : 1, kMostBlocks * warps), kWarp);
+  const int64_t blocks = ceil_div<int64_t>(T > 0 ? T : 1, segment * warps);
+  Tensor piece_counts = new_empty(ids, {blocks, columns}, i32);
+  const PlanArgs args{
+      in_ptr<int32_t>(ids),
+      out_ptr<int32_t>(tokens),
+      out_ptr<int32_t>(position),
+      out_ptr<int32_t>(counts),
+      out_ptr<int32_t>(words),
+      out_ptr<int32_t>(counts_E),
+      out_ptr<int32_t>(piece_counts),
+      to_int32(T, "T"),
+      to_int32(K, "K"),
+      to_int32(num_experts, "num_experts"),
+      static_cast<int32_t>(num_ranks),
+      to_int32(segment, "segment")};
+  const int grid = static_cast<int>(blocks), threads = static_cast<int>(warps) * kWarp;
+  const int64_t shared = columns * static_cast<int64_t>(sizeof(int32_t));
+  const cudaStream_t stream = current_stream(ids);
+  allow_shared_memory(count_plan_kernel, shared);
+  count_plan_kernel<<<grid, threads, shared, stream>>>(args);
   MOE_LAUNCH_CHECK();
-  return {tokens, position, counts};
+  allow_shared_memory(place_plan_kernel, warps * shared);
+  place_plan_kernel<<<grid, threads, warps * shared, stream>>>(args);
+  MOE_LAUNCH_CHECK();
+  return {tokens, position, counts, words, counts_E};
 }
 
 }  // namespace

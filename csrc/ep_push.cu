@@ -20,8 +20,9 @@ struct PushArgs {
   const int32_t* counts_R;
   const int32_t* meta0;
   const int32_t* meta1;
-  int64_t row_bytes;  // of `rows`; the trip's width is that of the encoded row
-  int32_t num_rows, list, words0, words1;
+  const int32_t* counts_E;  // null: nobody asked
+  int64_t row_bytes;        // of `rows`; the trip's width is that of the encoded row
+  int32_t num_rows, list, words0, words1, num_local;
 };
 
 // A warp encodes a row of bf16 units and writes it where it goes; the next units are on their way meanwhile.
@@ -73,6 +74,10 @@ __global__ void __launch_bounds__(kFp8 ? kEncodeThreads : kCopyThreads, kFp8 ? 2
 
   const int words = args.meta0 == nullptr ? 0 : 1 + args.words0 + args.words1;
   if (words > 0) {
+    for (int e = blockIdx.x * kThreads + threadIdx.x; e < args.num_local * trip.ranks; e += gridDim.x * kThreads) {
+      const int peer = e / args.num_local;
+      trip.expert_counts(peer, trip.me, args.num_local)[e - peer * args.num_local] = args.counts_E[e];
+    }
     // A warp takes eight rows at a time: their loads are in flight together.
     const int each = kThreads / kWarp * static_cast<int>(gridDim.x) * kAhead;
     for (int peer = 0; peer < trip.ranks; ++peer) {
@@ -151,8 +156,8 @@ __global__ void __launch_bounds__(kFp8 ? kEncodeThreads : kCopyThreads, kFp8 ? 2
 
 void ep_push(
     const Tensor& peers, Tensor state, const Tensor& rows, const Tensor& tokens, const Tensor& counts,
-    const std::optional<Tensor>& meta0, const std::optional<Tensor>& meta1, const Tensor& words, int64_t blocks,
-    bool fp8) {
+    const std::optional<Tensor>& meta0, const std::optional<Tensor>& meta1, const std::optional<Tensor>& counts_E,
+    const Tensor& words, int64_t blocks, bool fp8) {
   const DeviceGuard guard(state.get_device_index());
   check_tensor(rows, "rows", rows.scalar_type(), 2);
   check_tensor(tokens, "tokens", ScalarType::Int, 2);
@@ -183,9 +188,15 @@ void ep_push(
     args.words1 = to_int32(meta1->size(1), "meta1");
     sent_words += meta1->size(1);
   }
+  if (counts_E.has_value()) {
+    STD_TORCH_CHECK(meta0.has_value(), "counts_E goes with the words of rows: pass meta0 too");
+    check_tensor(*counts_E, "counts_E", ScalarType::Int, 1);
+    args.counts_E = in_ptr<int32_t>(*counts_E);
+    args.num_local = to_int32(counts_E->size(0) / args.trip.ranks, "counts_E");
+  }
   STD_TORCH_CHECK(
-      sent_words * 4 * args.trip.max_rows <= args.trip.meta_block, "the window has no room for ", sent_words,
-      " words a row");
+      (sent_words * args.trip.max_rows + args.num_local) * 4 <= args.trip.meta_block, "the window has no room for ",
+      sent_words, " words a row and ", args.num_local, " counts");
   STD_TORCH_CHECK(
       args.trip.width * args.trip.max_rows <= args.trip.data_block, "the window has no room for rows of ",
       args.trip.width, " bytes");

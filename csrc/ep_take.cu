@@ -22,8 +22,8 @@ struct TakeArgs {
   const int32_t* slot_N;
   const int32_t* offsets_L1;
   void* out;
-  int64_t out_rows, places;  // rows that the offsets may count
-  int64_t row_bytes;         // of `rows` and `out`
+  int64_t out_rows;
+  int64_t row_bytes;  // of `rows` and `out`
   int32_t num_rows, list, slots, num_compact, num_local;
 };
 
@@ -84,20 +84,14 @@ __global__ void __launch_bounds__(kThreads, 4) ep_take_kernel(TakeArgs args) {
   const uint64_t until = now_ns() + trip.deadline_ns;
   const int64_t per_row = args.row_bytes / static_cast<int64_t>(sizeof(Unit));
   bool ok = wait_headers(trip, until, counts);
-  if (ok && args.offsets_L1 != nullptr && args.offsets_L1[args.num_local] > args.places) {
-    if (blockIdx.x == 0 && threadIdx.x == 0) {
-      trip.report(kOverflow, trip.me, args.offsets_L1[args.num_local], static_cast<int32_t>(args.places));
-    }
-    ok = false;
-  }
   if (!ok) {
     poison(args.out, args.out_rows * args.row_bytes);
     return;
   }
   const uint32_t epoch = trip.epoch(kReceived) + 1;
 
-  if (args.slot_N != nullptr && args.offsets_L1 != nullptr && args.row_CK != nullptr) {
-    const int64_t rows = args.offsets_L1[args.num_local];
+  if (args.slot_N != nullptr && args.offsets_L1 != nullptr) {
+    const int64_t rows = min(static_cast<int64_t>(args.offsets_L1[args.num_local]), args.out_rows);
     for (int64_t n = blockIdx.x * (kThreads / kWarp) + warp; n < rows; n += gridDim.x * (kThreads / kWarp)) {
       if (args.slot_N[n] >= 0) continue;
       Unit* to = static_cast<Unit*>(args.out) + n * per_row;
@@ -169,7 +163,7 @@ void ep_take(
   args.num_rows = to_int32(rows.size(0), "rows");
   args.list = to_int32(tokens.size(1), "list");
   args.out = out.mutable_data_ptr();
-  args.out_rows = args.places = out.size(0);
+  args.out_rows = out.size(0);
   if (row_index.has_value()) {
     check_tensor(*row_index, "row_CK", ScalarType::Int, 2);
     args.row_CK = in_ptr<int32_t>(*row_index);
@@ -184,9 +178,8 @@ void ep_take(
   }
   if (slot.has_value()) {
     check_tensor(*slot, "slot_N", ScalarType::Int, 1);
-    STD_TORCH_CHECK(!row_index.has_value() || slot->size(0) >= out.size(0), "slot_N must cover the rows of out");
+    STD_TORCH_CHECK(slot->size(0) >= out.size(0), "slot_N must cover the rows of out");
     args.slot_N = in_ptr<int32_t>(*slot);
-    if (!row_index.has_value()) args.places = slot->size(0);
   }
   const cudaStream_t stream = current_stream(state);
   const int64_t chunks = ceil_div<int64_t>(args.trip.max_rows, args.trip.chunk_rows) * args.trip.ranks;

@@ -89,7 +89,12 @@ class NvlinkDispatcher(ExchangeDispatcher):
         """What the fused calls need for rows of `hidden` columns."""
         itemsize = max(dtype.itemsize, wire_dtype(self.config, dtype).itemsize)
         return WindowSize(
-            self.link.size, self.max_tokens, hidden * itemsize, 1 + 2 * self.top_k, self.config.ring_depth
+            self.link.size,
+            self.max_tokens,
+            hidden * itemsize,
+            1 + 3 * self.top_k,
+            self.config.ring_depth,
+            self.num_local,
         )
 
     def buffer_bytes(self, hidden: int, dtype: torch.dtype) -> int:

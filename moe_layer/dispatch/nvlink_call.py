@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moe_layer.dispatch.arrange import gather_slots
 from moe_layer.dispatch.base import padded_rows, static_rows, wire_dtype
 from moe_layer.dispatch.window import Trip, Window, padded_width
 from moe_layer.dispatch.wire import Phase
 from moe_layer.ops import ep
 from moe_layer.ops.fp8_rows import BLOCK
 from moe_layer.ops.gather_rows import gather_rows
-from moe_layer.ops.sort_slots import sort_slots
 from moe_layer.types import DispatchPlan, GradientLink
 
 if TYPE_CHECKING:
@@ -34,8 +32,8 @@ class FusedCall:
 
     Attributes:
         fp8: rows travel outwards as e4m3 (`dispatch_format: fp8_1x128`).
-        x_TD: what was sent, until it is received. tokens_RT, position_TR, counts_R: see `ep_plan`.
-        base_R1, recv_R: compact rows of each source. the next six: see `SlotOrder`.
+        tokens_RT, position_TR, counts_R, words_T2K, counts_E: see `ep_plan`. x_TD: what was sent, until it is received.
+        base_R1, recv_R: compact rows of each source. the next six: see `Arranged`.
         trips: under way between a send and its recv. d_y_TD; d_rows and d_probs: what the trips of backward carry.
     """
 
@@ -47,7 +45,8 @@ class FusedCall:
     tokens_RT: Tensor
     position_TR: Tensor
     counts_R: Tensor
-    weights_TK: Tensor | None = None
+    words_T2K: Tensor
+    counts_E: Tensor
     x_TD: Tensor | None = None
     base_R1: Tensor | None = None
     recv_R: Tensor | None = None
@@ -90,7 +89,7 @@ class FusedCall:
         """Rows of a push, into the experts' places (or compact)."""
         assert self.base_R1 is not None and self.recv_R is not None
         config = self.dispatcher.config
-        compact, static = config.rows == "compact", config.capacity == "static"
+        compact, pads = config.rows == "compact", config.alignment > 1
         self.window.take(
             self.trips.pop(phase),
             own_rows,
@@ -98,8 +97,8 @@ class FusedCall:
             self.base_R1,
             self.recv_R,
             row_CK=None if compact else self.row_CK,
-            slot_N=self.slot_N if (static if compact else config.alignment > 1) else None,
-            offsets_L1=self.offsets_L1 if static or not compact else None,
+            slot_N=self.slot_N if pads else None,
+            offsets_L1=self.offsets_L1 if pads else None,
             out=out,
             fp8=self.fp8,
         )
@@ -165,7 +164,8 @@ class DispatchSend(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, call: FusedCall) -> Tensor:
         ctx.call, ctx.weights_dtype = call, weights_TK.dtype
         call.x_TD = aligned(x_TD)
-        call.push("dispatch", call.x_TD, meta0=call.plan.ids_TK, meta1=weights_TK.float().contiguous())
+        weights_TK = weights_TK.float().contiguous()
+        call.push("dispatch", call.x_TD, meta0=call.words_T2K, meta1=weights_TK, counts_E=call.counts_E)
         return x_TD.new_empty(0)
 
     @staticmethod
@@ -184,46 +184,36 @@ class DispatchRecv(torch.autograd.Function):
         d, w = call.dispatcher, call.window
         config, K = d.config, d.top_k
         room = d.link.size * d.max_tokens
-        call.recv_R, call.base_R1, token_C, rank_C, ids_CK, weights_CK = ep.ep_await(
-            w.peers,
-            w.state,
-            call.trips["dispatch"].words,
-            num_rows=room,
-            words0=K,
-            words1=K,
-            first_expert=d.first_expert,
-            num_local=d.num_local,
-        )
         if config.capacity == "static":
             num_rows = static_rows(config, slots=d.max_tokens * K)
         else:
             num_rows = padded_rows(room * min(K, d.num_local), num_local=d.num_local, alignment=config.alignment)
-        order = sort_slots(
-            ids_CK,
+        compact = config.rows == "compact"
+        arranged = ep.ep_arrange(
+            w.peers,
+            w.state,
+            call.trips["dispatch"].words,
+            num_compact=room,
+            num_rows=num_rows,
+            slots=K,
             first_expert=d.first_expert,
             num_local=d.num_local,
             alignment=config.alignment,
-            num_rows=num_rows,
+            compact=compact,
         )
-        slot_N, row_CK = order.slot_N, order.row_CK
         if config.capacity == "dropless":
-            known = torch.cat((w.state[: ep.STATE_HEAD], order.offsets_L1[-1:], call.base_R1[-1:])).tolist()
+            known = torch.cat((w.state[: ep.STATE_HEAD], arranged.offsets_L1[-1:], arranged.base_R1[-1:])).tolist()
             w.check(d.link, known)
             num_rows, room = known[-2:]
-            slot_N = slot_N[:num_rows]
-            row_CK, ids_CK, weights_CK = row_CK[:room], ids_CK[:room], weights_CK[:room]
-            token_C, rank_C = token_C[:room], rank_C[:room]
-        call.slot_N, call.row_CK, call.ids_CK, call.offsets_L1 = slot_N, row_CK, ids_CK, order.offsets_L1
+        call.recv_R, call.base_R1 = arranged.counts_R, arranged.base_R1
+        call.offsets_L1, call.counts_L = arranged.offsets_L1, arranged.counts_L
+        call.ids_CK, call.row_CK = arranged.ids_CK[:room], arranged.row_CK[:room]
+        call.slot_N, call.index_N = arranged.slot_N[:num_rows], arranged.index_N[:num_rows]
+        rank_C, token_C, probs_N = arranged.rank_C[:room], arranged.token_C[:room], arranged.probs_N[:num_rows]
         assert call.x_TD is not None
         x_TD, call.x_TD = call.x_TD, None
-        rows = x_TD.new_empty(room if config.rows == "compact" else num_rows, x_TD.shape[1])
+        rows = x_TD.new_empty(room if compact else num_rows, x_TD.shape[1])
         call.take("dispatch", x_TD, rows)
-        # After the rows: while they fill the link, a small kernel takes 15 to 30 us, on an H200, instead of 2 to 5.
-        probs_N = gather_slots(weights_CK, slot_N)
-        call.counts_L, call.index_N = order.counts_L, order.index_N[:num_rows]
-        if config.capacity == "static":  # after an overflow, which `take` reports, nobody may go past the rows
-            call.offsets_L1 = order.offsets_L1.clamp_max(num_rows)
-            call.counts_L = torch.minimum(order.counts_L, call.offsets_L1.diff())
         ctx.call = call
         ctx.mark_non_differentiable(rank_C, token_C)
         ctx.save_for_backward(token.new_empty(0))

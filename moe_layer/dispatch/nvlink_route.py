@@ -27,7 +27,7 @@ class NvlinkRoute:
     def __init__(self, link: Link, plan: DispatchPlan, *, max_tokens: int, depth: int, blocks: int) -> None:
         self.link, self.recv_R = link, []
         self._max_tokens, self._depth, self._blocks = max_tokens, depth, blocks
-        self._tokens_RT, position_TR, self._counts_R = ep.ep_plan(
+        self._tokens_RT, position_TR, self._counts_R, *_ = ep.ep_plan(
             plan.ids_TK, num_experts=plan.num_experts, num_ranks=plan.num_ranks
         )
         self._num_tokens = T = plan.ids_TK.shape[0]
@@ -64,9 +64,7 @@ class NvlinkRoute:
             counts_R, rows = self._counts_R, R * T
             base_R1 = torch.arange(R + 1, dtype=torch.int32, device=device) * T
         else:
-            counts_R, base_R1, *_ = ep.ep_await(
-                window.peers, window.state, trip.words, num_rows=0, words0=0, words1=0, first_expert=0, num_local=0
-            )
+            counts_R, base_R1 = ep.ep_await(window.peers, window.state, trip.words)
             state, arriving_R = torch.cat((window.state[:8], counts_R)).split((8, R))
             window.check(self.link, state.tolist())
             self.recv_R = self.recv_R or arriving_R.tolist()

@@ -33,7 +33,8 @@ from moe_layer.ops import ep
 from moe_layer.parallel import compat
 
 _ALIGN = 256
-_MAGIC = zlib.crc32(b"moe_layer window 1") & 0x7FFFFFFF
+_MAGIC = zlib.crc32(b"moe_layer window 2") & 0x7FFFFFFF
+_ROOM = ("max_tokens", "row_bytes", "meta_words", "depth", "experts")  # the sizes of a window, in their order
 _names = itertools.count()
 
 
@@ -45,6 +46,7 @@ class WindowSize:
         ranks: R. max_tokens: T, most tokens that a rank sends in one trip.
         row_bytes: widest row of any trip. meta_words: 32-bit words that travel beside a row.
         depth: trips of one direction that may be between their send and their recv.
+        experts: of a rank, where the rows' words come with a count for each.
     """
 
     ranks: int
@@ -52,6 +54,7 @@ class WindowSize:
     row_bytes: int
     meta_words: int
     depth: int
+    experts: int = 0
 
     def chunk_rows(self, *, home: bool) -> int:
         """Rows that arrive under one flag: enough chunks to keep every multiprocessor busy, few enough words.
@@ -70,7 +73,7 @@ class WindowSize:
 
     @property
     def meta_block(self) -> int:
-        return _round(self.max_tokens * 4 * self.meta_words)
+        return _round(4 * (self.max_tokens * self.meta_words + self.experts))
 
     @property
     def word_bytes(self) -> int:
@@ -86,14 +89,11 @@ class WindowSize:
         return 2 * self.depth * (self.word_bytes + self.slot_bytes)
 
     def holds(self, other: WindowSize) -> bool:
-        mine = (self.max_tokens, self.row_bytes, self.meta_words, self.depth)
-        theirs = (other.max_tokens, other.row_bytes, other.meta_words, other.depth)
-        return all(a >= b for a, b in zip(mine, theirs, strict=True))
+        return all(getattr(self, name) >= getattr(other, name) for name in _ROOM)
 
     def joined(self, other: WindowSize) -> WindowSize:
         """Room for both."""
-        names = ("max_tokens", "row_bytes", "meta_words", "depth")
-        return WindowSize(self.ranks, *(max(getattr(self, n), getattr(other, n)) for n in names))
+        return WindowSize(self.ranks, *(max(getattr(self, name), getattr(other, name)) for name in _ROOM))
 
     def offsets(self, slot: int) -> dict[str, int]:
         """Where a slot's parts lie, under the names of `ep.TRIP_WORDS`."""

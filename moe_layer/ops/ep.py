@@ -1,4 +1,4 @@
-"""The expert-parallel trips over memory that every rank can reach: seven ops, each with a CPU body.
+"""The expert-parallel trips over memory that every rank can reach: eight ops, each with a CPU body.
 
 The bodies are the protocol's readable model: they work on raw addresses (`peers`), so threads of one process or
 processes that share memory can play the ranks, and csrc/ep_*.cu are their twins over NVLink. What lies where, and the
@@ -16,9 +16,10 @@ report stays), later ops do nothing, and outputs are filled with 0xFF bytes, a N
 
 Shape letters: T tokens, K slots, R ranks, S the longest list of rows, C compact rows, N expert-major rows, D hidden.
 
-The model of a trip is ep_model.py, the ops are in ep_send.py and ep_receive.py.
+The model of a trip is ep_model.py, the ops are in ep_send.py, ep_arrange.py and ep_receive.py.
 """
 
+from moe_layer.ops.ep_arrange import Arranged, ep_arrange, ep_await
 from moe_layer.ops.ep_model import (
     BAD_COUNT,
     COMPARED,
@@ -30,7 +31,7 @@ from moe_layer.ops.ep_model import (
     TIMEOUT,
     TRIP_WORDS,
 )
-from moe_layer.ops.ep_receive import ep_await, ep_home, ep_skip, ep_take
+from moe_layer.ops.ep_receive import ep_home, ep_skip, ep_take
 from moe_layer.ops.ep_send import ep_plan, ep_push, ep_reduce_push
 
 __all__ = [
@@ -43,6 +44,8 @@ __all__ = [
     "STATE_HEAD",
     "TIMEOUT",
     "TRIP_WORDS",
+    "Arranged",
+    "ep_arrange",
     "ep_await",
     "ep_home",
     "ep_plan",

@@ -19,7 +19,7 @@ TRIP_WORDS = (
     "flags",  # byte offset: max_chunks words a source, the epoch whose rows are there
     "credit",  # byte offset: a word a destination, the epoch whose rows it has read
     "header",  # byte offset: HEADER_BYTES a source
-    "meta",  # byte offset; meta_block bytes a source
+    "meta",  # byte offset; meta_block bytes a source: the words of its rows; at the end counts of its slots by expert
     "data",  # byte offset; data_block bytes a source
     "meta_block",
     "data_block",
@@ -70,6 +70,11 @@ class Trip:
 
     def meta(self, peer: int, source: int, rows: int, words: int) -> Tensor:
         return self.ints(peer, self.words["meta"] + source * self.words["meta_block"], rows * words).view(rows, words)
+
+    def expert_counts(self, peer: int, source: int, num_local: int) -> Tensor:
+        """The last words of the source's block: how many slots of each of the peer's experts it sends."""
+        end = self.words["meta"] + (source + 1) * self.words["meta_block"]
+        return self.ints(peer, end - 4 * num_local, num_local)
 
     def rows(self, peer: int, source: int, rows: int) -> Tensor:
         offset = self.words["data"] + source * self.words["data_block"]

@@ -1,4 +1,4 @@
-"""The receiving half of a trip, see moe_layer/ops/ep.py: `ep_await`, `ep_take`, `ep_home`, `ep_skip`."""
+"""The receiving half of a trip, see moe_layer/ops/ep.py: `ep_take`, `ep_home`, `ep_skip`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from torch import Tensor
 
 from moe_layer.ops._call import call_plain
 from moe_layer.ops.ep_model import (
-    OVERFLOW,
     WIRE_CODES,
     WIRES,
     Failed,
@@ -20,73 +19,6 @@ from moe_layer.ops.ep_model import (
     slot_values,
 )
 from moe_layer.ops.tree_reduce import tree_reduce
-
-
-def ep_await(
-    peers: Tensor,
-    state: Tensor,
-    trip: Tensor,
-    *,
-    num_rows: int,
-    words0: int,
-    words1: int,
-    first_expert: int,
-    num_local: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Wait for the headers and meta words of all ranks; rows may still be under way.
-
-    Args:
-        num_rows: C, room for the compact rows: R * max_tokens_per_rank.
-        words0, words1: widths of the meta0 and meta1 that were sent; 0 where only the counts are wanted.
-        first_expert, num_local: meta0 holds expert ids; those of other ranks become -1.
-
-    Returns:
-        int32 counts_R and base_R1 (compact rows of each source), token_C, rank_C (-1 past the end), meta0 [C, words0]
-        (-1 past the end), fp32 meta1 [C, words1] (0 past the end). No rows at all after a failure.
-    """
-    op = torch.ops.moe_layer.ep_await
-    return call_plain(op, peers, state, trip, num_rows, words0, words1, first_expert, num_local)
-
-
-@torch.library.custom_op("moe_layer::ep_await", mutates_args=("state",))
-def _ep_await(
-    peers: Tensor,
-    state: Tensor,
-    trip: Tensor,
-    num_rows: int,
-    words0: int,
-    words1: int,
-    first_expert: int,
-    num_local: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    t = Trip(peers, state, trip)
-    try:
-        t.start()
-        count_R = t.headers()
-    except Failed:
-        count_R = [0] * t.ranks
-    counts = torch.tensor(count_R, dtype=torch.int32)
-    base = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-    token = torch.full((num_rows,), -1, dtype=torch.int32)
-    rank = torch.full((num_rows,), -1, dtype=torch.int32)
-    meta0 = torch.full((num_rows, words0), -1, dtype=torch.int32)
-    meta1 = torch.zeros(num_rows, words1)
-    for source, count in enumerate(count_R if words0 else []):
-        rows = slice(int(base[source]), int(base[source + 1]))
-        words = t.meta(t.me, source, count, 1 + words0 + words1)
-        token[rows], rank[rows] = words[:, 0].int(), source
-        ids = words[:, 1 : 1 + words0]
-        meta0[rows] = torch.where((ids >= first_expert) & (ids < first_expert + num_local), ids, -1).int()
-        meta1[rows] = words[:, 1 + words0 :].contiguous().view(torch.float32)
-    return counts, base, token, rank, meta0, meta1
-
-
-@_ep_await.register_fake
-def _(peers, state, trip, num_rows, words0, words1, first_expert, num_local):  # type: ignore[no-untyped-def]
-    R, C = peers.shape[0], num_rows
-    shapes = ((R,), (R + 1,), (C,), (C,), (C, words0))
-    new = [peers.new_empty(shape, dtype=torch.int32) for shape in shapes]
-    return (*new, peers.new_empty((C, words1), dtype=torch.float32))
 
 
 def ep_take(
@@ -110,8 +42,7 @@ def ep_take(
         rows, tokens_RS: what this rank itself sent in the trip: its own rows are read from there.
         base_R1, counts_R: int32; row i of source r, i < counts_R[r], is compact row base_R1[r] + i.
         row_CK: int32, -1 = absent; None: row c of `out` is compact row c.
-        slot_N, offsets_L1: with both, rows of `out` that are pads (slot_N < 0, before the last offset) become zeros; an
-            `out` (without row_CK: a slot_N) with fewer rows than the last offset is reported as an overflow.
+        slot_N, offsets_L1: with both, rows of `out` that are pads (slot_N < 0, before the last offset) become zeros.
         out: `[N, width bytes]`, filled with 0xFF after a failure; with `fp8` bf16 (as `rows`), decoded on the way.
     """
     op = torch.ops.moe_layer.ep_take
@@ -138,11 +69,8 @@ def _ep_take(
     try:
         t.start()
         t.headers()
-        places = slot.shape[0] if slot is not None and row_index is None else out.shape[0]
-        if offsets is not None and int(offsets[-1]) > places:
-            raise t.fail(OVERFLOW, peer=t.me, wanted=int(offsets[-1]), seen=places)
-        if slot is not None and offsets is not None and row_index is not None and out.numel():
-            pads = (slot < 0) & (torch.arange(out.shape[0]) < offsets[-1])
+        if slot is not None and offsets is not None and out.numel():
+            pads = (slot[: out.shape[0]] < 0) & (torch.arange(out.shape[0]) < offsets[-1])
             out[pads] = 0
         for source, count in enumerate(counts.tolist()):
             if source == t.me:

@@ -7,21 +7,23 @@ from torch import Tensor
 
 from moe_layer.ops._call import call_plain
 from moe_layer.ops.ep_model import WIRE_CODES, WIRES, Failed, Trip, as_bytes, encoded_rows, partial_rows, slot_values
+from moe_layer.ops.sort_slots import sort_slots
 
 
-def ep_plan(ids_TK: Tensor, *, num_experts: int, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Which tokens go to which rank, without reading anything on the host.
+def ep_plan(ids_TK: Tensor, *, num_experts: int, num_ranks: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Which tokens go to which rank, and in which order slots meet at an expert; nothing is read on the host.
 
     Args: int32 ids in [-1, num_experts).
     Returns: int32 tokens_RT (ascending tokens of each destination; past its count undefined), position_TR (place of
-    the token in that list, -1 = not sent), counts_R.
+    the token in that list, -1 = not sent), counts_R; words_T2K (a token's ids, then each slot's place among the slots
+    of its expert by (token, slot), -1 where absent), counts_E (slots of each expert).
     """
     return call_plain(torch.ops.moe_layer.ep_plan, ids_TK, num_experts, num_ranks)
 
 
 @torch.library.custom_op("moe_layer::ep_plan", mutates_args=())
-def _ep_plan(ids: Tensor, num_experts: int, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-    T = ids.shape[0]
+def _ep_plan(ids: Tensor, num_experts: int, num_ranks: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    T, K = ids.shape
     rank_TK = torch.where(ids >= 0, ids.long() * num_ranks // num_experts, num_ranks)
     goes_TR = torch.zeros(T, num_ranks + 1, dtype=torch.bool, device=ids.device).scatter_(1, rank_TK, True)[:, :-1]
     position_TR = torch.where(goes_TR, goes_TR.int().cumsum(0) - 1, -1)
@@ -29,13 +31,18 @@ def _ep_plan(ids: Tensor, num_experts: int, num_ranks: int) -> tuple[Tensor, Ten
     target_TR = torch.where(goes_TR, position_TR, T).long()
     tokens_RT = torch.zeros(num_ranks, T + 1, dtype=torch.int32, device=ids.device)
     tokens_RT.scatter_(1, target_TR.T, token_TR.T.int())
-    return tokens_RT[:, :T].contiguous(), position_TR.int(), goes_TR.sum(0).int()
+    order = sort_slots(ids, first_expert=0, num_local=num_experts, alignment=1, num_rows=T * K)
+    first_TK = order.offsets_L1.index_select(0, ids.clamp_min(0).flatten()).view(T, K)
+    place_TK = torch.where(order.row_CK >= 0, order.row_CK - first_TK, -1)
+    words_T2K = torch.cat((ids, place_TK), dim=1)
+    return tokens_RT[:, :T].contiguous(), position_TR.int(), goes_TR.sum(0).int(), words_T2K, order.counts_L
 
 
 @_ep_plan.register_fake
 def _(ids, num_experts, num_ranks):  # type: ignore[no-untyped-def]
-    T = ids.shape[0]
-    new = [ids.new_empty(shape, dtype=torch.int32) for shape in ((num_ranks, T), (T, num_ranks), (num_ranks,))]
+    T, K = ids.shape
+    shapes = ((num_ranks, T), (T, num_ranks), (num_ranks,), (T, 2 * K), (num_experts,))
+    new = [ids.new_empty(shape, dtype=torch.int32) for shape in shapes]
     return tuple(new)
 
 
@@ -49,6 +56,7 @@ def ep_push(
     *,
     meta0: Tensor | None = None,
     meta1: Tensor | None = None,
+    counts_E: Tensor | None = None,
     blocks: int,
     fp8: bool = False,
 ) -> None:
@@ -59,9 +67,11 @@ def ep_push(
         rows: `[T, width bytes]` contiguous, any dtype; with `fp8` bf16, encoded on the way (ops/fp8_rows.py).
         tokens_RS, counts_R: int32. A row of this rank itself is not copied; its header and meta words are.
         meta0, meta1: int32 or fp32 `[T, M]`: a row's words are its token index, then these.
+        counts_E: int32, with the words: each rank gets those of its own experts.
         blocks: thread blocks, which is the number of multiprocessors that the send occupies at most.
     """
-    call_plain(torch.ops.moe_layer.ep_push, peers, state, rows, tokens_RS, counts_R, meta0, meta1, trip, blocks, fp8)
+    op = torch.ops.moe_layer.ep_push
+    call_plain(op, peers, state, rows, tokens_RS, counts_R, meta0, meta1, counts_E, trip, blocks, fp8)
 
 
 @torch.library.custom_op("moe_layer::ep_push", mutates_args=("state",))
@@ -73,6 +83,7 @@ def _ep_push(
     counts: Tensor,
     meta0: Tensor | None,
     meta1: Tensor | None,
+    counts_E: Tensor | None,
     trip: Tensor,
     blocks: int,
     fp8: bool,
@@ -90,6 +101,9 @@ def _ep_push(
         if extra:
             words = torch.cat([index.unsqueeze(1), *extra], dim=1)
             t.meta(peer, t.me, count_R[peer], words.shape[1]).copy_(words)
+        if counts_E is not None:
+            own = counts_E.view(t.ranks, -1)[peer]
+            t.expert_counts(peer, t.me, own.numel()).copy_(own)
     t.write_headers(count_R)
     source = encoded_rows(rows, t.width) if fp8 else as_bytes(rows)
     t.send_rows(lambda peer, count: source.index_select(0, tokens[peer, :count]), count_R)

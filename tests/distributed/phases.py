@@ -54,8 +54,15 @@ class PhaseRanks:
     def __init__(self, config: DispatchConfig, case: Case, ranks: int, *, device: str = "cpu") -> None:
         assert config.max_tokens_per_rank is not None
         width = case.x_TD.shape[1] * 8 + 16 * case.top_k + 64
-        words = 1 + 2 * case.top_k
-        size = WindowSize(ranks, config.max_tokens_per_rank, width // 16 * 16 + 16, words, config.ring_depth)
+        words = 1 + 3 * case.top_k
+        size = WindowSize(
+            ranks,
+            config.max_tokens_per_rank,
+            width // 16 * 16 + 16,
+            words,
+            config.ring_depth,
+            case.num_experts // ranks,
+        )
         self.links = make_links(ranks, device, config.deadline_s)
         self.windows = open_windows(size, self.links)
         shape: dict[str, Any] = {"num_experts": case.num_experts, "top_k": case.top_k}
@@ -97,7 +104,7 @@ def large_case(device: str, *, tokens: int, max_tokens: int, hidden: int, dtype:
     The windows are as large as `max_tokens` says: on a CPU their pages exist only where somebody writes.
     """
     config = DispatchConfig(backend="nvlink", max_tokens_per_rank=max_tokens, ring_depth=1, deadline_s=30.0)
-    size = WindowSize(2, max_tokens, hidden * dtype.itemsize, 3, 1)
+    size = WindowSize(2, max_tokens, hidden * dtype.itemsize, 4, 1, 1)
     links = make_links(2, device, config.deadline_s)
     memories = None
     if device == "cpu":

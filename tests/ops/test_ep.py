@@ -13,6 +13,7 @@ from moe_layer.dispatch.window import Window, WindowSize
 from moe_layer.dispatch.wire import Link
 from moe_layer.errors import CapacityError, DispatchTimeout, RankMismatch
 from moe_layer.ops import ep
+from moe_layer.ops.sort_slots import sort_slots
 from moe_layer.parallel.context import ParallelContext
 from tests.distributed.ranks import ThreadRanks
 
@@ -34,7 +35,7 @@ def one() -> Iterator[Link]:
 @pytest.fixture()
 def window(one: Link) -> Window:
     one.context.failure = None
-    return Window(WindowSize(1, T, 4 * D, 1 + 2 * K, 2), one)
+    return Window(WindowSize(1, T, 4 * D, 1 + 3 * K, 2, E), one)
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -45,11 +46,12 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 def test_opcheck(window: Window, one: Link) -> None:
     x, ids, weights = inputs()
     check(torch.ops.moe_layer.ep_plan.default, (ids, E, 1))
-    tokens, position, counts = ep.ep_plan(ids, num_experts=E, num_ranks=1)
+    tokens, position, counts, words, counts_E = ep.ep_plan(ids, num_experts=E, num_ranks=1)
     trip = window.begin(one.at("dispatch"), width=4 * D, link=one, home=False)
     w = (window.peers, window.state)
-    check(torch.ops.moe_layer.ep_push.default, (*w, x, tokens, counts, ids, weights, trip.words, 1, False))
-    check(torch.ops.moe_layer.ep_await.default, (*w, trip.words, T, K, K, 0, E))
+    check(torch.ops.moe_layer.ep_push.default, (*w, x, tokens, counts, words, weights, counts_E, trip.words, 1, False))
+    check(torch.ops.moe_layer.ep_await.default, (*w, trip.words))
+    check(torch.ops.moe_layer.ep_arrange.default, (*w, trip.words, T, T * K, K, 0, E, 1, True))
     base = torch.tensor([0, 4], dtype=torch.int32)
     row_CK = torch.tensor([[0, 1], [2, -1], [3, 4], [5, 6]], dtype=torch.int32)
     ids_CK = ids[[0, 1, 2, 4]]
@@ -71,10 +73,26 @@ def test_opcheck(window: Window, one: Link) -> None:
 
 
 def push(window: Window, link: Link, x: Tensor, ids: Tensor, weights: Tensor):  # type: ignore[no-untyped-def]
-    tokens, _, counts = ep.ep_plan(ids, num_experts=E, num_ranks=1)
+    tokens, _, counts, words, counts_E = ep.ep_plan(ids, num_experts=E, num_ranks=1)
     trip = window.begin(link.at("dispatch"), width=4 * D, link=link, home=False)
-    ep.ep_push(window.peers, window.state, x, tokens, counts, trip.words, meta0=ids, meta1=weights, blocks=1)
+    extra = {"meta0": words, "meta1": weights, "counts_E": counts_E}
+    ep.ep_push(window.peers, window.state, x, tokens, counts, trip.words, **extra, blocks=1)
     return trip, tokens, counts
+
+
+def arrange(window: Window, trip, *, num_rows: int = T * K, alignment: int = 1) -> ep.Arranged:  # type: ignore[no-untyped-def]
+    return ep.ep_arrange(
+        window.peers,
+        window.state,
+        trip.words,
+        num_compact=T,
+        num_rows=num_rows,
+        slots=K,
+        first_expert=0,
+        num_local=E,
+        alignment=alignment,
+        compact=True,
+    )
 
 
 def test_slots_are_reused_for_ever(window: Window, one: Link) -> None:
@@ -83,15 +101,44 @@ def test_slots_are_reused_for_ever(window: Window, one: Link) -> None:
     for _ in range(9):
         x = x + 1
         trip, tokens, counts = push(window, one, x, ids, weights)
-        got = ep.ep_await(
-            window.peers, window.state, trip.words, num_rows=T, words0=K, words1=K, first_expert=0, num_local=E
-        )
-        assert got[0].tolist() == [4] and got[1].tolist() == [0, 4] and got[2].tolist() == [0, 1, 2, 4, -1]
-        assert torch.equal(got[4][:4], ids[[0, 1, 2, 4]]) and torch.equal(got[5][:4], weights[[0, 1, 2, 4]])
+        got = arrange(window, trip)
+        assert got.counts_R.tolist() == [4] and got.base_R1.tolist() == [0, 4]
+        assert got.token_C.tolist() == [0, 1, 2, 4, -1]
+        assert torch.equal(got.ids_CK[:4], ids[[0, 1, 2, 4]])
         out = torch.full((T, D), 7.0)
-        window.take(trip, x, tokens, got[1], counts, out=out)
+        window.take(trip, x, tokens, got.base_R1, counts, out=out)
         assert torch.equal(out[:4], x[[0, 1, 2, 4]]) and (out[4] == 7).all()
     assert window.state[ep.STATE_HEAD : ep.STATE_HEAD + 2].tolist() == [9, 9]
+
+
+@pytest.mark.parametrize("alignment", [1, 4])
+def test_rows_are_those_of_sort_slots(window: Window, one: Link, alignment: int) -> None:
+    """Places and counts that travelled give the order that sorting the slots gives."""
+    x, ids, weights = inputs()
+    ids[1, 1] = 2  # an expert twice
+    trip, *_ = push(window, one, x, ids, weights)
+    N = T * K + 3 * E
+    got = arrange(window, trip, num_rows=N, alignment=alignment)
+    compact = torch.cat((ids[[0, 1, 2, 4]], torch.full((1, K), -1, dtype=torch.int32)))
+    want = sort_slots(compact, first_expert=0, num_local=E, alignment=alignment, num_rows=N)
+    for name in ("row_CK", "slot_N", "offsets_L1", "counts_L", "index_N"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    live = got.slot_N >= 0
+    assert torch.equal(got.probs_N[live], weights[[0, 1, 2, 4]].flatten()[got.slot_N[live].long()])
+    assert (got.probs_N[~live] == 0).all()
+    window.check(one)
+
+
+@pytest.mark.parametrize("damage", [-1, 10**6])
+def test_a_count_of_slots_that_cannot_be_is_refused(window: Window, one: Link, damage: int) -> None:
+    x, ids, weights = inputs()
+    trip, *_ = push(window, one, x, ids, weights)
+    where = window.size.offsets(0)
+    window.memory[where["meta"] :][: where["meta_block"]].view(torch.int32)[-2] = damage
+    got = arrange(window, trip)
+    assert got.offsets_L1.tolist() == [0] * (E + 1) and (got.row_CK == -1).all()
+    with pytest.raises(RankMismatch, match=rf"announced {damage} rows"):
+        window.check(one)
 
 
 def test_epochs_wrap(window: Window, one: Link) -> None:
@@ -134,11 +181,11 @@ def test_a_send_waits_for_the_credit(window: Window, one: Link) -> None:
 def test_nothing_arrives(window: Window, one: Link, part: str) -> None:
     """Another rank's word stays behind: the output is NaN, the error typed and sticky."""
     x, ids, _weights = inputs()
-    size = WindowSize(2, T, 4 * D, 1 + 2 * K, 2)
+    size = WindowSize(2, T, 4 * D, 1 + 3 * K, 2)
     pair = Window.__new__(Window)
     pair.__dict__ = {**window.__dict__, "size": size, "memory": torch.zeros(size.num_bytes, dtype=torch.uint8)}
     pair.peers = torch.tensor([pair.memory.data_ptr()] * 2)
-    tokens, _, counts = ep.ep_plan(ids, num_experts=E, num_ranks=2)
+    tokens, _, counts, *_ = ep.ep_plan(ids, num_experts=E, num_ranks=2)
     trip = pair.begin(one.at("dispatch"), width=4 * D, link=one, home=False)
     ep.ep_push(pair.peers, pair.state, x, tokens, counts, trip.words, blocks=1)
     where = size.offsets(0)
@@ -174,9 +221,7 @@ def test_a_count_that_cannot_be_is_refused(window: Window, one: Link) -> None:
     x, ids, weights = inputs()
     trip, *_ = push(window, one, x, ids, weights)
     window.memory[window.size.offsets(0)["header"] :][:64].view(torch.int32)[6] = 10**6
-    counts = ep.ep_await(
-        window.peers, window.state, trip.words, num_rows=T, words0=K, words1=K, first_expert=0, num_local=E
-    )[0]
+    counts, _ = ep.ep_await(window.peers, window.state, trip.words)
     assert counts.tolist() == [0]
     with pytest.raises(RankMismatch, match="1000000 rows"):
         window.check(one)
@@ -184,7 +229,7 @@ def test_a_count_that_cannot_be_is_refused(window: Window, one: Link) -> None:
 
 def test_sizes_add_up() -> None:
     """Regions of the slots do not overlap and end with the window."""
-    for size in (WindowSize(2, 100, 48, 9, 2), WindowSize(8, 4096, 14336, 17, 3), WindowSize(1, 1, 16, 1, 1)):
+    for size in (WindowSize(2, 100, 48, 9, 2), WindowSize(8, 4096, 14336, 17, 3, 32), WindowSize(1, 1, 16, 1, 1)):
         spans = []
         for slot in range(2 * size.depth):
             at = size.offsets(slot)
