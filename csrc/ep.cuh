@@ -15,15 +15,15 @@
 
 namespace moe_layer {
 
-constexpr int kTripWords = 20, kCompared = 6, kStateHead = 8, kSlotWords = 8, kHeaderBytes = 64, kMostRanks = 32;
-enum EpError : int32_t { kTimeout = 1, kMismatch = 2, kBadCount = 3, kOverflow = 4 };
+constexpr int kTripWords = 21, kCompared = 6, kStateHead = 8, kSlotWords = 8, kHeaderBytes = 64, kMostRanks = 32;
+enum EpError : int32_t { kTimeout = 1, kMismatch = 2, kBadCount = 3, kOverflow = 4, kPeerOverflow = 5 };
 enum EpCounter : int32_t { kSent = 0, kReceived = 1, kSendTicket = 2, kMetaTicket = 3, kReceiveTicket = 4 };
 
 struct EpTrip {
   const int64_t* peers;
   int32_t* state;
   int32_t ranks, me;
-  int64_t ready, flags, credit, header, meta, data, meta_block, data_block, deadline_ns, width;
+  int64_t ready, flags, credit, header, meta, data, meta_block, data_block, fault, deadline_ns, width;
   int32_t max_rows, chunk_rows, max_chunks, counters;
   int32_t compared[kCompared];  // width, layer, phase, step, config, magic
 
@@ -47,10 +47,11 @@ struct EpTrip {
   }
   __device__ uint32_t epoch(EpCounter which) const { return static_cast<volatile int32_t*>(state)[counters + which]; }
   __device__ bool failed() const { return static_cast<volatile int32_t*>(state)[0] != 0; }
-  __device__ void report(int32_t code, int peer, int32_t wanted, int32_t seen) const {
+  // `field`: which of the compared words.
+  __device__ void report(int32_t code, int peer, int32_t wanted, int32_t seen, int32_t field = 0) const {
     if (atomicCAS(state, 0, code) != 0) return;  // the first report stays
-    const int32_t text[6] = {peer, wanted, seen, compared[2], compared[1], compared[3]};
-    for (int i = 0; i < 6; ++i) state[1 + i] = text[i];
+    const int32_t text[7] = {peer, wanted, seen, compared[2], compared[1], compared[3], field};
+    for (int i = 0; i < 7; ++i) state[1 + i] = text[i];
   }
 };
 
@@ -70,6 +71,12 @@ __device__ __forceinline__ uint64_t now_ns() {
   return value;
 }
 
+// What this rank found concerns all: peers that wait for it need not wait for their deadline.
+__device__ inline void report_overflow(const EpTrip& trip, int32_t wanted, int32_t rows) {
+  trip.report(kOverflow, trip.me, wanted, rows);
+  for (int peer = 0; peer < trip.ranks; ++peer) store_release_sys(trip.word(peer, trip.fault, trip.me), kOverflow);
+}
+
 // One thread waits until its word has reached the epoch (epochs wrap); false after the deadline or anybody's failure.
 __device__ inline bool spin(const EpTrip& trip, const uint32_t* at, uint32_t epoch, uint64_t until, int peer) {
   for (int turn = 1;; ++turn) {
@@ -77,6 +84,10 @@ __device__ inline bool spin(const EpTrip& trip, const uint32_t* at, uint32_t epo
     if (static_cast<int32_t>(seen - epoch) >= 0) return true;
     if (turn % 64 == 0) {
       if (trip.failed()) return false;
+      if (load_acquire_sys(trip.word(trip.me, trip.fault, peer)) != 0) {
+        trip.report(kPeerOverflow, peer, static_cast<int32_t>(epoch), static_cast<int32_t>(seen));
+        return false;
+      }
       if (now_ns() > until) {
         trip.report(kTimeout, peer, static_cast<int32_t>(epoch), static_cast<int32_t>(seen));
         return false;
@@ -106,7 +117,7 @@ __device__ inline bool wait_headers(const EpTrip& trip, uint64_t until, int32_t*
     for (int i = 0; ok && i < kCompared; ++i) {
       const int32_t seen = __ldcg(head + i);
       if (seen != trip.compared[i]) {
-        trip.report(kMismatch, peer, trip.compared[i], seen);
+        trip.report(kMismatch, peer, trip.compared[i], seen, i);
         ok = false;
       }
     }

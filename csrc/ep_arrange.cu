@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, 4) ep_arrange_kernel(ArrangeArgs arg
       if (e < L) args.counts_L[e] = min(total_L[e], min(offset_L1[e + 1], args.num_rows) - first);
     }
     if (threadIdx.x == 0 && offset_L1[L] > args.num_rows) {
-      trip.report(kOverflow, trip.me, offset_L1[L], args.num_rows);
+      report_overflow(trip, offset_L1[L], args.num_rows);
     }
   }
 

@@ -1,8 +1,9 @@
 // Copy the rows of a trip out of the window while they arrive, each to the rows of its experts. Twin of ep_take in
 // moe_layer/ops/ep.py.
 //
-// Blocks take chunks: the own rows first, which are there already, then the peers' in the order in which they are sent.
-// One thread waits for the chunk's flag; a warp reads a row once and writes it up to K times.
+// Warps take rows: the own ones first, which are there already, then the peers' in the order in which they are sent. One
+// lane waits for the flag of the row's chunk; the warp reads the row once and writes it up to K times. Rows and not
+// chunks, so that no block is left with one chunk more than others: the copy is as long as its longest block.
 
 #include "ep.cuh"
 #include "ep_fp8.cuh"
@@ -46,20 +47,26 @@ __device__ __forceinline__ Unit read_unit(const uint8_t* row, bool own, int64_t 
   }
 }
 
+// The rows that compact row c goes to: lane k's, -1 where there is none. The whole warp calls it.
+__device__ __forceinline__ int32_t read_targets(const TakeArgs& args, int64_t c) {
+  const int lane = threadIdx.x % kWarp;
+  int32_t row = -1;
+  if (args.row_CK == nullptr) {
+    if (lane == 0) row = static_cast<int32_t>(c);
+  } else if (lane < args.slots && c < args.num_compact) {
+    row = args.row_CK[c * args.slots + lane];
+  }
+  return row < args.out_rows ? row : -1;
+}
+
 template <typename Unit, bool kFp8>
 __device__ __forceinline__ void copy_row(
-    const TakeArgs& args, const uint8_t* from, bool own, int64_t c, int64_t per_row) {
+    const TakeArgs& args, const uint8_t* from, bool own, int32_t mine, int64_t per_row) {
   constexpr unsigned kAll = 0xffffffffu;
   constexpr int kDepth = kFp8 ? 4 : kAhead;
   const int lane = threadIdx.x % kWarp;
   Unit* out = static_cast<Unit*>(args.out);
-  int32_t mine = -1;
-  if (args.row_CK == nullptr) {
-    if (lane == 0) mine = static_cast<int32_t>(c);
-  } else if (lane < args.slots && c < args.num_compact) {
-    mine = args.row_CK[c * args.slots + lane];
-  }
-  const unsigned targets = __ballot_sync(kAll, mine >= 0 && mine < args.out_rows);
+  const unsigned targets = __ballot_sync(kAll, mine >= 0);
   for (int64_t begin = 0; begin < per_row; begin += kWarp * kDepth) {
     Unit values[kDepth];
 #pragma unroll
@@ -79,7 +86,6 @@ template <typename Unit, bool kFp8>
 __global__ void __launch_bounds__(kThreads, 4) ep_take_kernel(TakeArgs args) {
   const EpTrip& trip = args.trip;
   __shared__ int32_t counts[kMostRanks];
-  __shared__ bool there;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const uint64_t until = now_ns() + trip.deadline_ns;
   const int64_t per_row = args.row_bytes / static_cast<int64_t>(sizeof(Unit));
@@ -100,43 +106,34 @@ __global__ void __launch_bounds__(kThreads, 4) ep_take_kernel(TakeArgs args) {
   }
 
   const uint8_t* own = static_cast<const uint8_t*>(args.rows);
-  const int own_count = args.counts_R[trip.me], chunk_rows = trip.chunk_rows;
-  const int64_t own_chunks = ceil_div(own_count, chunk_rows);
+  const int own_count = args.counts_R[trip.me];
   int most = 0;
   for (int r = 0; r < trip.ranks; ++r) {
     if (r != trip.me) most = max(most, args.counts_R[r]);
   }
-  const int64_t items = own_chunks + static_cast<int64_t>(ceil_div(most, chunk_rows)) * (trip.ranks - 1);
-  for (int64_t q = blockIdx.x; q < items; q += gridDim.x) {
+  const int64_t items = own_count + static_cast<int64_t>(most) * (trip.ranks - 1);
+  for (int64_t q = warp * static_cast<int64_t>(gridDim.x) + blockIdx.x; q < items;
+       q += gridDim.x * static_cast<int64_t>(kThreads / kWarp)) {
     int source = trip.me;
-    int64_t chunk = q;
-    if (q >= own_chunks) {
-      nth_chunk(trip, q - own_chunks, source, chunk);
-      // In the sender's turn order this rank comes at another place, but chunk k of all peers at about the same time.
+    int64_t i = q;
+    if (q >= own_count) nth_chunk(trip, q - own_count, source, i);  // row i of each peer in turn
+    if (i >= args.counts_R[source]) continue;
+    const int32_t targets = read_targets(args, args.base_R1[source] + i);
+    const uint8_t* from = trip.rows(trip.me, source) + i * trip.width;
+    if (source == trip.me) {
+      const int32_t token = args.tokens_S[i];
+      if (token < 0 || token >= args.num_rows) continue;
+      from = own + token * args.row_bytes;
+    } else {
+      if (lane == 0) ok = spin(trip, trip.flag(trip.me, source, i / trip.chunk_rows), epoch, until, source);
+      ok = __shfl_sync(0xffffffffu, ok, 0);
+      if (!ok) break;
     }
-    const int first = static_cast<int>(chunk) * chunk_rows, count = args.counts_R[source];
-    if (first >= count) continue;
-    const int end = min(first + chunk_rows, count);
-    const int64_t base = args.base_R1[source];
-    if (source != trip.me) {
-      __syncthreads();  // `there` of the last turn was read
-      if (threadIdx.x == 0) there = spin(trip, trip.flag(trip.me, source, chunk), epoch, until, source);
-      __syncthreads();
-      if (!there) {
-        poison(args.out, args.out_rows * args.row_bytes);
-        return;
-      }
-    }
-    const uint8_t* arrived = trip.rows(trip.me, source);
-    for (int i = first + warp; i < end; i += kThreads / kWarp) {
-      const uint8_t* from = arrived + i * trip.width;
-      if (source == trip.me) {
-        const int32_t token = args.tokens_S[i];
-        if (token < 0 || token >= args.num_rows) continue;
-        from = own + token * args.row_bytes;
-      }
-      copy_row<Unit, kFp8>(args, from, source == trip.me, base + i, per_row);
-    }
+    copy_row<Unit, kFp8>(args, from, source == trip.me, targets, per_row);
+  }
+  if (!__syncthreads_and(ok)) {
+    poison(args.out, args.out_rows * args.row_bytes);
+    return;
   }
   if (last_block(trip, kReceiveTicket, gridDim.x)) give_credits(trip);
 }
@@ -182,9 +179,10 @@ void ep_take(
     args.slot_N = in_ptr<int32_t>(*slot);
   }
   const cudaStream_t stream = current_stream(state);
-  const int64_t chunks = ceil_div<int64_t>(args.trip.max_rows, args.trip.chunk_rows) * args.trip.ranks;
+  const int64_t wanted =
+      ceil_div<int64_t>(static_cast<int64_t>(args.trip.max_rows) * args.trip.ranks, kThreads / kWarp);
   const int64_t most = (fp8 ? kDecodeBlocksPerSm : kBlocksPerSm) * sm_count(state.get_device_index());
-  const int grid = static_cast<int>(chunks < most ? chunks : most);
+  const int grid = static_cast<int>(wanted < most ? wanted : most);
   if (fp8) {
     ep_take_kernel<uint4, true><<<grid, kThreads, 0, stream>>>(args);
   } else if (args.trip.width % 16 == 0 && reinterpret_cast<uintptr_t>(args.rows) % 16 == 0) {

@@ -24,9 +24,10 @@ EpTrip read_trip(const Tensor& peers, Tensor& state, const Tensor& words) {
   t.max_rows = to_int32(w[10], "max_rows");
   t.chunk_rows = to_int32(w[11], "chunk_rows");
   t.max_chunks = to_int32(w[12], "max_chunks");
-  t.deadline_ns = w[13];
-  t.width = w[14];
-  for (int i = 0; i < kCompared; ++i) t.compared[i] = static_cast<int32_t>(w[14 + i]);
+  t.fault = w[13];
+  t.deadline_ns = w[14];
+  t.width = w[15];
+  for (int i = 0; i < kCompared; ++i) t.compared[i] = static_cast<int32_t>(w[15 + i]);
   return t;
 }
 

@@ -4,7 +4,7 @@ Every rank owns one window of the same layout and can write into all of them. A 
 for trips outwards (dispatch, and d(sum) in combine's backward) and `depth` for trips home. A slot holds, per source
 rank: the words that say what has arrived, a header, `meta` words and rows for `max_tokens` tokens.
 
-    offset        0: words (ready, credit, flags) of all slots, zeroed once, epochs ever after
+    offset        0: words (ready, credit, flags) of all slots, zeroed once, epochs ever after; the faults of all ranks
     then, by slot  : headers | meta | rows
 
 Slots are taken and released in program order, which is the same on all ranks; `state` (device memory, next to the
@@ -80,13 +80,22 @@ class WindowSize:
         return _round(4 * self.ranks * (2 + max(self.max_chunks(home=home) for home in (False, True))))
 
     @property
+    def fault(self) -> int:
+        """Where the words lie by which ranks tell each other of an overflow."""
+        return 2 * self.depth * self.word_bytes
+
+    @property
+    def first_slot(self) -> int:
+        return self.fault + _round(4 * self.ranks)
+
+    @property
     def slot_bytes(self) -> int:
         return _round(self.ranks * ep.HEADER_BYTES) + self.ranks * (self.meta_block + self.data_block)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of one rank's window."""
-        return 2 * self.depth * (self.word_bytes + self.slot_bytes)
+        return self.first_slot + 2 * self.depth * self.slot_bytes
 
     def holds(self, other: WindowSize) -> bool:
         return all(getattr(self, name) >= getattr(other, name) for name in _ROOM)
@@ -98,7 +107,7 @@ class WindowSize:
     def offsets(self, slot: int) -> dict[str, int]:
         """Where a slot's parts lie, under the names of `ep.TRIP_WORDS`."""
         ready, home = slot * self.word_bytes, slot >= self.depth
-        header = 2 * self.depth * self.word_bytes + slot * self.slot_bytes
+        header = self.first_slot + slot * self.slot_bytes
         meta = header + _round(self.ranks * ep.HEADER_BYTES)
         return {
             "slot": slot,
@@ -113,6 +122,7 @@ class WindowSize:
             "max_rows": self.max_tokens,
             "chunk_rows": self.chunk_rows(home=home),
             "max_chunks": self.max_chunks(home=home),
+            "fault": self.fault,
         }
 
 
@@ -208,7 +218,8 @@ class Window:
         Raises:
             DispatchTimeout, RankMismatch, CapacityError.
         """
-        error, peer, wanted, seen, phase, layer, step = (self.state[:7].tolist() if state is None else state)[:7]
+        found = (self.state[: ep.STATE_HEAD].tolist() if state is None else state)[: ep.STATE_HEAD]
+        error, peer, wanted, seen, phase, layer, step, field = found
         if not error:
             return
         at = Position(layer, step, PHASES[phase])
@@ -220,9 +231,16 @@ class Window:
             )
         link.context.failure = link.context.failure or f"{at}: see the first error"
         if error == ep.MISMATCH:
+            name = ep.COMPARED[field]
+            theirs, ours = (PHASES[i] if name == "phase" and 0 <= i < len(PHASES) else i for i in (seen, wanted))
             raise RankMismatch(
-                f"rank {peer} is elsewhere at {at}: its header says {seen} where this rank has {wanted} (one of "
-                f"{', '.join(ep.COMPARED)}); every rank must run the same layers in the same order with the same shapes"
+                f"rank {peer} is elsewhere at {at}: its {name} is {theirs} where this rank's is {ours}; every rank must "
+                "run the same layers in the same order with the same shapes and configuration"
+            )
+        if error == ep.PEER_OVERFLOW:
+            raise CapacityError(
+                f"the static dispatch buffer of rank {peer} overflowed, which this rank learnt at {at}; raise "
+                "dispatch.static_factor or set dispatch.overflow drop"
             )
         if error == ep.BAD_COUNT:
             raise RankMismatch(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_layer.ops._call import call_plain
-from moe_layer.ops.ep_model import BAD_COUNT, OVERFLOW, Failed, Trip
+from moe_layer.ops.ep_model import BAD_COUNT, Failed, Trip
 
 
 def ep_await(peers: Tensor, state: Tensor, trip: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +119,7 @@ def _ep_arrange(
     total_L = count_RL.sum(0)
     offsets = _begins(-(total_L // -alignment) * alignment)
     if int(offsets[-1]) > num_rows:
-        t.fail(OVERFLOW, peer=t.me, wanted=int(offsets[-1]), seen=num_rows)
+        t.overflow(wanted=int(offsets[-1]), rows=num_rows)
     first_RL = offsets[:-1] + count_RL.cumsum(0) - count_RL
     token, rank = (torch.full((num_compact,), -1, dtype=torch.int32) for _ in range(2))
     ids, row = (torch.full((num_compact, K), -1, dtype=torch.int32) for _ in range(2))

@@ -26,6 +26,7 @@ TRIP_WORDS = (
     "max_rows",
     "chunk_rows",
     "max_chunks",
+    "fault",  # byte offset, the same in all slots: a word a source, not 0 once that rank's rows have overflowed
     "deadline_ns",
     "width",  # bytes of a row on this trip; this and the next five are compared between the ranks
     "layer",
@@ -36,9 +37,10 @@ TRIP_WORDS = (
 )
 HEADER_BYTES = 64
 COMPARED = ("width", "layer", "phase", "step", "config", "magic")
-# state: error, peer, wanted, seen, phase, layer, step, 0; then by slot sent, received and the kernels' tickets
+# state: error, peer, wanted, seen, phase, layer, step, index into COMPARED; then by slot sent, received and the
+# kernels' tickets
 STATE_HEAD, SLOT_WORDS = 8, 8
-TIMEOUT, MISMATCH, BAD_COUNT, OVERFLOW = 1, 2, 3, 4
+TIMEOUT, MISMATCH, BAD_COUNT, OVERFLOW, PEER_OVERFLOW = 1, 2, 3, 4, 5
 WIRE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WIRES = {code: dtype for dtype, code in WIRE_CODES.items()}
 
@@ -96,17 +98,25 @@ class Trip:
         if int(self.state[0]):
             raise Failed
 
-    def fail(self, code: int, *, peer: int, wanted: int, seen: int) -> Failed:
+    def fail(self, code: int, *, peer: int, wanted: int, seen: int, field: int = 0) -> Failed:
         if not int(self.state[0]):
             w = self.words
-            self.state[:7] = torch.tensor([code, peer, wanted, seen, w["phase"], w["layer"], w["step"]])
+            self.state[:8] = torch.tensor([code, peer, wanted, seen, w["phase"], w["layer"], w["step"], field])
         return Failed()
+
+    def overflow(self, *, wanted: int, rows: int) -> None:
+        """What this rank found concerns all: peers that wait for it need not wait for their deadline."""
+        self.fail(OVERFLOW, peer=self.me, wanted=wanted, seen=rows)
+        for peer in range(self.ranks):
+            self.word(peer, "fault", self.me).fill_(OVERFLOW)
 
     def wait(self, peer: int, name: str, index: int, *, epoch: int) -> None:
         """Until this rank's word, written by `peer`, has reached the epoch (or passed it: epochs wrap)."""
         word = self.word(self.me, name, index)
         until = time.monotonic_ns() + self.words["deadline_ns"]
         while (int(word) - epoch + 2**31) % 2**32 < 2**31:
+            if int(self.word(self.me, "fault", peer)):
+                raise self.fail(PEER_OVERFLOW, peer=peer, wanted=epoch, seen=int(word))
             if time.monotonic_ns() > until:
                 raise self.fail(TIMEOUT, peer=peer, wanted=epoch, seen=int(word))
             time.sleep(1e-4)
@@ -128,9 +138,9 @@ class Trip:
         for peer in range(self.ranks):
             self.wait(peer, "ready", peer, epoch=int(self.received) + 1)
             header = self.ints(self.me, self.words["header"] + HEADER_BYTES * peer, HEADER_BYTES // 4).tolist()
-            for name, seen in zip(COMPARED, header, strict=False):
-                if seen != self.words[name]:
-                    raise self.fail(MISMATCH, peer=peer, wanted=self.words[name], seen=seen)
+            for field, name in enumerate(COMPARED):
+                if header[field] != self.words[name]:
+                    raise self.fail(MISMATCH, peer=peer, wanted=self.words[name], seen=header[field], field=field)
             count = header[len(COMPARED)]
             if not 0 <= count <= self.words["max_rows"]:
                 raise self.fail(BAD_COUNT, peer=peer, wanted=self.words["max_rows"], seen=count)
