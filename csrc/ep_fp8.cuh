@@ -13,55 +13,73 @@ struct Fp8Unit {
   float scale;   // of their block
 };
 
-// value / scale, correctly rounded; NaN where the value is not finite, which every conversion makes 0x7F. `inverse` is
-// 1 / scale rounded; two steps of Newton from it are exact (as in __fdiv_rn, whose checks of the operands' exponents, made
-// here once a block, cost more than the division) unless the scale is extreme, which `plain` denies.
-__device__ __forceinline__ float fp8_quotient(float value, float scale, float inverse, bool plain) {
-  if (!isfinite(value)) return __int_as_float(0x7FFFFFFF);
-  if (!plain) return __fdiv_rn(value, scale);
-  float quotient = __fmul_rn(value, inverse);
-  quotient = __fmaf_rn(__fmaf_rn(-quotient, scale, value), inverse, quotient);
-  return __fmaf_rn(__fmaf_rn(-quotient, scale, value), inverse, quotient);
+// value / scale, correctly rounded, for a scale whose rounded inverse is given and which is neither very small nor very
+// large: the remainder of the first guess is exact, and one step from it too (what __fdiv_rn does besides is to look at
+// the operands' exponents, which costs more than the division). NaN where the value is not finite.
+__device__ __forceinline__ float plain_quotient(float value, float scale, float inverse) {
+  const float guess = __fmul_rn(value, inverse);
+  return __fmaf_rn(__fmaf_rn(-guess, scale, value), inverse, guess);
 }
+
+// Two conversions that make NaN 0x7F and saturate.
+__device__ __forceinline__ uint32_t to_e4m3(float low, float high) {
+  return __nv_cvt_float2_to_fp8x2({low, high}, __NV_SATFINITE, __NV_E4M3);
+}
+
+__device__ __forceinline__ float low_half(uint32_t bf16x2) { return __uint_as_float(bf16x2 << 16); }
+__device__ __forceinline__ float high_half(uint32_t bf16x2) { return __uint_as_float(bf16x2 & 0xFFFF0000u); }
 
 // The whole warp calls it; lanes without columns pass zeros.
 __device__ __forceinline__ Fp8Unit fp8_encode(const uint4& bf16) {
-  const __nv_bfloat16* x = reinterpret_cast<const __nv_bfloat16*>(&bf16);
-  float peak = 0.0f;
+  const uint32_t x[4] = {bf16.x, bf16.y, bf16.z, bf16.w};
+  // Magnitudes of bf16 compare as integers do; what is not finite (rare) does not count.
+  constexpr uint32_t kInfinite = 0x7F80;
+  uint32_t both = 0, peak = 0;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const float value = fabsf(to_float(x[i]));
-    if (isfinite(value)) peak = fmaxf(peak, value);
+  for (int i = 0; i < 4; ++i) both = __vmaxu2(both, x[i] & 0x7FFF7FFFu);
+  peak = max(both & 0xFFFFu, both >> 16);
+  if (peak >= kInfinite) {
+    peak = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t low = x[i] & 0x7FFFu, high = x[i] >> 16 & 0x7FFFu;
+      peak = max(peak, max(low < kInfinite ? low : 0u, high < kInfinite ? high : 0u));
+    }
   }
 #pragma unroll
-  for (int step = 1; step < 16; step *= 2) peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, step));
+  for (int step = 1; step < 16; step *= 2) peak = max(peak, __shfl_xor_sync(0xffffffffu, peak, step));
   Fp8Unit out;
-  out.scale = fmaxf(__fdiv_rn(peak, 448.0f), 1.17549435e-38f);
-  const float inverse = __frcp_rn(out.scale);
-  const bool plain = out.scale > 0x1p-100f && out.scale < 0x1p100f;
-  uint32_t words[2] = {};
+  out.scale = fmaxf(__fdiv_rn(low_half(peak), 448.0f), 1.17549435e-38f);
+  uint32_t coded[4];
+  if (out.scale > 0x1p-100f && out.scale < 0x1p100f) {
+    const float inverse = __frcp_rn(out.scale);
 #pragma unroll
-  for (int i = 0; i < 8; i += 2) {
-    float2 quotient;
-    quotient.x = fp8_quotient(to_float(x[i]), out.scale, inverse, plain);
-    quotient.y = fp8_quotient(to_float(x[i + 1]), out.scale, inverse, plain);
-    words[i / 4] |= static_cast<uint32_t>(__nv_cvt_float2_to_fp8x2(quotient, __NV_SATFINITE, __NV_E4M3))
-                    << (8 * (i % 4));
+    for (int i = 0; i < 4; ++i) {
+      coded[i] = to_e4m3(
+          plain_quotient(low_half(x[i]), out.scale, inverse), plain_quotient(high_half(x[i]), out.scale, inverse));
+    }
+  } else {
+    const auto divide = [&](float value) {
+      return isfinite(value) ? __fdiv_rn(value, out.scale) : __int_as_float(0x7FFFFFFF);
+    };
+#pragma unroll
+    for (int i = 0; i < 4; ++i) coded[i] = to_e4m3(divide(low_half(x[i])), divide(high_half(x[i])));
   }
-  out.values = {words[0], words[1]};
+  out.values = {coded[0] | coded[1] << 16, coded[2] | coded[3] << 16};
   return out;
 }
 
 __device__ __forceinline__ uint4 fp8_decode(const Fp8Unit& in) {
-  uint4 out;
-  __nv_bfloat16* x = reinterpret_cast<__nv_bfloat16*>(&out);
+  uint32_t x[4];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const uint32_t word = i < 4 ? in.values.x : in.values.y;
-    const __half_raw half = __nv_cvt_fp8_to_halfraw(static_cast<__nv_fp8_storage_t>(word >> (8 * (i % 4))), __NV_E4M3);
-    x[i] = __float2bfloat16_rn(__fmul_rn(__half2float(__half(half)), in.scale));
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t word = i < 2 ? in.values.x : in.values.y;
+    const auto pair = static_cast<__nv_fp8x2_storage_t>(word >> (16 * (i % 2)));
+    const float2 value = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3)));
+    const __nv_bfloat162 rounded = __floats2bfloat162_rn(__fmul_rn(value.x, in.scale), __fmul_rn(value.y, in.scale));
+    x[i] = *reinterpret_cast<const uint32_t*>(&rounded);
   }
-  return out;
+  return {x[0], x[1], x[2], x[3]};
 }
 
 }  // namespace moe_layer

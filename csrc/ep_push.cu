@@ -34,17 +34,12 @@ __device__ __forceinline__ void send_fp8(const uint4* from, uint8_t* to, int64_t
 #pragma unroll
   for (int j = 0; j < kFp8Ahead; ++j) next[j] = j * kWarp + lane < end ? from[j * kWarp + lane] : uint4{};
   for (int begin = lane; begin - lane < end; begin += kWarp * kFp8Ahead) {
-    uint4 x[kFp8Ahead];
 #pragma unroll
     for (int j = 0; j < kFp8Ahead; ++j) {
-      const int ahead = begin + (kFp8Ahead + j) * kWarp;
-      x[j] = next[j];
+      const int unit = begin + j * kWarp, ahead = unit + kFp8Ahead * kWarp;
+      const uint4 x = next[j];
       next[j] = ahead < end ? from[ahead] : uint4{};
-    }
-#pragma unroll
-    for (int j = 0; j < kFp8Ahead; ++j) {
-      const int unit = begin + j * kWarp;
-      const Fp8Unit coded = fp8_encode(x[j]);
+      const Fp8Unit coded = fp8_encode(x);
       if (unit < end) {
         reinterpret_cast<uint2*>(to)[unit] = coded.values;
         if (lane % 16 == 0) scales[unit / 16] = coded.scale;

@@ -234,8 +234,8 @@ class Window:
             name = ep.COMPARED[field]
             theirs, ours = (PHASES[i] if name == "phase" and 0 <= i < len(PHASES) else i for i in (seen, wanted))
             raise RankMismatch(
-                f"rank {peer} is elsewhere at {at}: its {name} is {theirs} where this rank's is {ours}; every rank must "
-                "run the same layers in the same order with the same shapes and configuration"
+                f"rank {peer} is elsewhere at {at}: its {name} is {theirs} where this rank's is {ours}; every rank "
+                "must run the same layers in the same order with the same shapes and configuration"
             )
         if error == ep.PEER_OVERFLOW:
             raise CapacityError(
