@@ -8,7 +8,9 @@
 //
 // A kernel that waits must leave room for the kernels it waits for, which run on the same multiprocessors of the peers
 // and on their own stream here. Per multiprocessor, the kernels of one direction share the registers: ep_push 1/4 and
-// ep_take 3/4 (with fp8 1/2 and 1/2), ep_reduce_push 1/2 and ep_home 1/2, which share its shared memory too.
+// ep_take 3/4 (with fp8 1/2 and 1/2), ep_reduce_push 1/2 and ep_home 1/2, which share its shared memory too. A kernel
+// that waits also asks for a multiprocessor set to as much shared memory as it can have (prefer_shared_memory), although
+// it needs none: how much is set when the multiprocessor is idle, and the sender, which may come later, needs some.
 #pragma once
 
 #include "common.cuh"
@@ -186,6 +188,13 @@ __device__ __forceinline__ void nth_chunk(const EpTrip& trip, int64_t q, int& pe
   const int others = trip.ranks - 1;
   chunk = q / others;
   peer = (trip.me + 1 + static_cast<int>(q - chunk * others)) % trip.ranks;
+}
+
+template <typename Kernel>
+inline void prefer_shared_memory(Kernel kernel) {
+  STD_CUDA_CHECK(cudaFuncSetAttribute(
+      reinterpret_cast<const void*>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout,
+      cudaSharedmemCarveoutMaxShared));
 }
 
 EpTrip read_trip(const Tensor& peers, Tensor& state, const Tensor& words);

@@ -212,6 +212,7 @@ Outputs ep_arrange(
   const int64_t shared = ((trip.ranks + 2) * num_local + 1) * static_cast<int64_t>(sizeof(int32_t));
   STD_TORCH_CHECK(shared <= 160 * 1024, "ep_arrange serves no ", num_local, " experts a rank");
   allow_shared_memory(ep_arrange_kernel, shared);
+  prefer_shared_memory(ep_arrange_kernel);
   const int64_t wanted = ceil_div<int64_t>(num_compact * slots, kThreads * kAhead);
   const int64_t most = sm_count(state.get_device_index());
   const int grid = static_cast<int>(wanted < 1 ? 1 : wanted < most ? wanted : most);

@@ -2,8 +2,10 @@
 //
 // All blocks first share the words of all rows, which must not queue behind rows on the link; the last to finish writes
 // the headers. Then each block takes
-// chunks, the peers in turn; a warp copies a row with eight 16-byte loads a lane in flight, or encodes it on the way.
+// chunks, the peers in turn; a warp copies a row by bulk copies through shared memory (or, before Hopper and for odd
+// widths, with eight loads a lane in flight), or encodes it on the way.
 
+#include "bulk.cuh"
 #include "ep.cuh"
 #include "ep_fp8.cuh"
 
@@ -48,9 +50,62 @@ __device__ __forceinline__ void send_fp8(const uint4* from, uint8_t* to, int64_t
   }
 }
 
-template <typename Unit, bool kFp8>
-__global__ void __launch_bounds__(kFp8 ? kEncodeThreads : kCopyThreads, kFp8 ? 2 : 4) ep_push_kernel(PushArgs args) {
-  constexpr int kThreads = kFp8 ? kEncodeThreads : kCopyThreads;
+enum class Way { kCopy, kBulk, kEncode };
+
+// Of a warp: pieces of rows on their way, half of them being read, half being written.
+constexpr int kPieces = 4, kPieceBytes = 2048;
+constexpr int64_t kBulkShared = static_cast<int64_t>(kCopyThreads / kWarp) * kPieces * kPieceBytes;
+
+struct BulkRing {
+  unsigned char* pieces;
+  uint64_t* arrivals;   // one a piece
+  unsigned parity = 0;  // bit j: of the j-th arrival's next phase
+};
+
+// Copies rows first, first + step, ... below `end` of the list to their places, in one pipeline. The warp calls it.
+__device__ __forceinline__ void send_bulk(
+    const PushArgs& args, BulkRing& ring, const int32_t* tokens, uint8_t* target, int first, int end, int step) {
+#if __CUDA_ARCH__ >= 900
+  const int lane = threadIdx.x % kWarp, rows = first < end ? (end - first + step - 1) / step : 0;
+  const int per_row = ceil_div(static_cast<int>(args.row_bytes), kPieceBytes), count = rows * per_row;
+  const int mine = lane < rows ? tokens[first + lane * step] : -1;
+  // Bytes of the k-th piece, of which row and where in it; 0 where the list names no row.
+  const auto piece = [&](int k, int& token, int& offset) {
+    token = __shfl_sync(0xffffffffu, mine, k / per_row);
+    offset = k % per_row * kPieceBytes;
+    return token >= 0 && token < args.num_rows ? min(kPieceBytes, static_cast<int>(args.row_bytes) - offset) : 0;
+  };
+  for (int k = 0; k < count + kPieces / 2; ++k) {
+    int token, offset;
+    if (k < count) {
+      const int bytes = piece(k, token, offset), place = k % kPieces;
+      if (lane == 0 && bytes > 0) {
+        bulk_wait_read<kPieces / 2 - 1>();  // the store that had this place
+        const uint8_t* from = static_cast<const uint8_t*>(args.rows) + token * args.row_bytes + offset;
+        bulk_load(ring.pieces + place * kPieceBytes, from, bytes, ring.arrivals + place);
+      }
+    }
+    const int done = k - kPieces / 2;
+    if (done >= 0) {
+      const int bytes = piece(done, token, offset), place = done % kPieces;
+      if (lane == 0) {
+        if (bytes > 0) {
+          arrival_wait(ring.arrivals + place, ring.parity >> place & 1);
+          ring.parity ^= 1u << place;
+        }
+        uint8_t* to = target + static_cast<int64_t>(first + done / per_row * step) * args.trip.width + offset;
+        bulk_store(to, ring.pieces + place * kPieceBytes, bytes);
+      }
+    }
+  }
+  if (lane == 0) bulk_wait_written();
+#endif
+}
+
+template <typename Unit, Way kWay>
+__global__ void __launch_bounds__(kWay == Way::kEncode ? kEncodeThreads : kCopyThreads, kWay == Way::kEncode ? 2 : 4)
+    ep_push_kernel(PushArgs args) {
+  constexpr int kThreads = kWay == Way::kEncode ? kEncodeThreads : kCopyThreads;
   const EpTrip& trip = args.trip;
   __shared__ int32_t counts[kMostRanks];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -105,6 +160,19 @@ __global__ void __launch_bounds__(kFp8 ? kEncodeThreads : kCopyThreads, kFp8 ? 2
     write_headers(trip, epoch, threadIdx.x, counts[threadIdx.x]);
   }
 
+  BulkRing ring{};
+  if constexpr (kWay == Way::kBulk) {
+#if __CUDA_ARCH__ >= 900
+    extern __shared__ __align__(128) unsigned char pieces[];
+    __shared__ uint64_t arrivals[kThreads / kWarp * kPieces];
+    ring.pieces = pieces + warp * kPieces * kPieceBytes;
+    ring.arrivals = arrivals + warp * kPieces;
+    if (lane == 0) {
+      for (int j = 0; j < kPieces; ++j) arrival_init(ring.arrivals + j);
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+#endif
+  }
   const int64_t per_row = args.row_bytes / static_cast<int64_t>(sizeof(Unit));
   const Unit* source = static_cast<const Unit*>(args.rows);
   int most = 0;
@@ -120,11 +188,13 @@ __global__ void __launch_bounds__(kFp8 ? kEncodeThreads : kCopyThreads, kFp8 ? 2
     if (first >= counts[peer]) continue;
     const int end = min(first + trip.chunk_rows, counts[peer]);
     uint8_t* target = trip.rows(peer, trip.me);
-    for (int i = first + warp; i < end; i += kThreads / kWarp) {
-      const int32_t token = args.tokens_RS[static_cast<int64_t>(peer) * args.list + i];
+    const int32_t* tokens = args.tokens_RS + static_cast<int64_t>(peer) * args.list;
+    if constexpr (kWay == Way::kBulk) send_bulk(args, ring, tokens, target, first + warp, end, kThreads / kWarp);
+    for (int i = first + warp; kWay != Way::kBulk && i < end; i += kThreads / kWarp) {
+      const int32_t token = tokens[i];
       if (token < 0 || token >= args.num_rows) continue;
       const Unit* from = source + token * per_row;
-      if constexpr (kFp8) {
+      if constexpr (kWay == Way::kEncode) {
         send_fp8(from, target + i * trip.width, per_row);
         continue;
       }
@@ -197,12 +267,17 @@ void ep_push(
       args.trip.width, " bytes");
   const cudaStream_t stream = current_stream(state);
   const int grid = to_int32(blocks, "blocks");
+  const bool wide = args.trip.width % 16 == 0 && reinterpret_cast<uintptr_t>(args.rows) % 16 == 0;
   if (fp8) {
-    ep_push_kernel<uint4, true><<<grid, kEncodeThreads, 0, stream>>>(args);
-  } else if (args.trip.width % 16 == 0 && reinterpret_cast<uintptr_t>(args.rows) % 16 == 0) {
-    ep_push_kernel<uint4, false><<<grid, kCopyThreads, 0, stream>>>(args);
+    ep_push_kernel<uint4, Way::kEncode><<<grid, kEncodeThreads, 0, stream>>>(args);
+  } else if (wide && has_bulk_copies(state.get_device_index())) {
+    allow_shared_memory(ep_push_kernel<uint4, Way::kBulk>, kBulkShared);
+    prefer_shared_memory(ep_push_kernel<uint4, Way::kBulk>);
+    ep_push_kernel<uint4, Way::kBulk><<<grid, kCopyThreads, kBulkShared, stream>>>(args);
+  } else if (wide) {
+    ep_push_kernel<uint4, Way::kCopy><<<grid, kCopyThreads, 0, stream>>>(args);
   } else {
-    ep_push_kernel<uint8_t, false><<<grid, kCopyThreads, 0, stream>>>(args);
+    ep_push_kernel<uint8_t, Way::kCopy><<<grid, kCopyThreads, 0, stream>>>(args);
   }
   MOE_LAUNCH_CHECK();
 }

@@ -1,6 +1,7 @@
 // Send the partial row of each received token home: the tree over its rows, rounded to the wire's dtype and written into
 // the source's window. Twin of ep_reduce_push in moe_layer/ops/ep.py.
 
+#include "bulk.cuh"
 #include "ep_combine.cuh"
 
 namespace moe_layer {
@@ -49,12 +50,53 @@ PartialArgs read_partial(
 
 namespace {
 
+// Sums on their way to the peer, rounded, by plain stores or through shared memory by bulk copies.
+template <int V>
+class Outlet {
+ public:
+  __device__ __forceinline__ Outlet(unsigned char* shared, bool bulk) : shared_(shared), bulk_(bulk) {}
+
+  // The whole warp calls it: the sums of the piece whose first column is `d`, V of each lane, into the row at `to`.
+  __device__ __forceinline__ void put(uint8_t* to, int32_t wire, int d, int hidden, const float (&sum)[V]) {
+    const int lane = threadIdx.x % kWarp;
+#if __CUDA_ARCH__ >= 900
+    if (bulk_) {
+      unsigned char* slot = shared_ + next_;
+      next_ ^= kOutBytes;
+      if (lane == 0) bulk_wait_read<1>();
+      __syncwarp();
+      store_wire<V>(slot, wire, lane * V, sum);
+      before_bulk_store();
+      __syncwarp();
+      const int width = static_cast<int>(wire_bytes(wire));
+      if (lane == 0) bulk_store(to + d * width, slot, min(hidden - d, kWarp * V) * width);
+      return;
+    }
+#endif
+    if (d + lane * V < hidden) store_wire<V>(to, wire, d + lane * V, sum);
+  }
+
+  // After it and a barrier, what was put may be published.
+  __device__ __forceinline__ void flush() {
+#if __CUDA_ARCH__ >= 900
+    if (bulk_ && threadIdx.x % kWarp == 0) bulk_wait_written();
+#endif
+  }
+
+ private:
+  unsigned char* shared_;
+  int next_ = 0;
+  const bool bulk_;
+};
+
 template <typename T, int kBlocks>
-__global__ void __launch_bounds__(kMostTeams* kTeam, 2) ep_reduce_push_kernel(EpTrip trip, PartialArgs args) {
+__global__ void __launch_bounds__(kMostTeams* kTeam, 2)
+    ep_reduce_push_kernel(EpTrip trip, PartialArgs args, bool bulk) {
   extern __shared__ __align__(16) unsigned char rings[];
   constexpr int V = 16 / sizeof(T);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x % kTeam / kWarp;
+  const int warp = threadIdx.x % kTeam / kWarp;
   unsigned char* ring = rings + threadIdx.x / kWarp * kRingBytes;
+  Outlet<V> outlet(rings + team_count() * kTeamShared + threadIdx.x / kWarp * (2 * kOutBytes), bulk);
   if (!wait_credits(trip, now_ns() + trip.deadline_ns)) return;
   const uint32_t epoch = trip.epoch(kSent) + 1;
   if (blockIdx.x == 0 && threadIdx.x < trip.ranks) {
@@ -68,8 +110,20 @@ __global__ void __launch_bounds__(kMostTeams* kTeam, 2) ep_reduce_push_kernel(Ep
   const int64_t row_bytes = args.hidden * static_cast<int64_t>(sizeof(T));
   const int pieces = ceil_div(args.hidden, V * kWarp), parts = max(1, kTeamWarps / trip.chunk_rows);
   const int64_t items = static_cast<int64_t>(ceil_div(most, trip.chunk_rows)) * (trip.ranks - 1);
-  for (int64_t q = team_index() * static_cast<int64_t>(gridDim.x) + blockIdx.x; q < items;
-       q += team_count() * gridDim.x) {
+  const int64_t step = team_count() * static_cast<int64_t>(gridDim.x);
+  // The row of this warp's first item in a chunk; its slots are read a chunk ahead.
+  const auto first_row = [&](int64_t q) -> int64_t {
+    int peer;
+    int64_t chunk;
+    nth_chunk(trip, q, peer, chunk);
+    const int64_t row = chunk * trip.chunk_rows + warp / parts;
+    return q < items && row < args.base_R1[peer + 1] - args.base_R1[peer] ? args.base_R1[peer] + row : -1;
+  };
+  int64_t q = team_index() * static_cast<int64_t>(gridDim.x) + blockIdx.x;
+  RawSlots ahead = read_slots(args, first_row(q));
+  for (; q < items; q += step) {
+    const RawSlots now = ahead;
+    ahead = read_slots(args, first_row(q + step));
     int peer;
     int64_t chunk;
     nth_chunk(trip, q, peer, chunk);
@@ -82,15 +136,15 @@ __global__ void __launch_bounds__(kMostTeams* kTeam, 2) ep_reduce_push_kernel(Ep
       const int j = first + item / parts, part = item % parts;
       const int begin = pieces * part / parts, end = pieces * (part + 1) / parts;
       if (begin == end) continue;
-      const SlotList list = list_slots(args, base + j);
+      const SlotList list = list_slots(args, item == warp ? now : read_slots(args, base + j));
       const BlockEnds<kBlocks> blocks(list);
       RowStream stream(ring, list.address(args, row_bytes), list.count, static_cast<int>(row_bytes), begin, end);
       uint8_t* to = trip.rows(peer, trip.me) + j * trip.width;
       for (int piece = begin; piece < end; ++piece) {
         float sum[V];
         sum_rows<T, V>(stream, blocks, sum);
-        const int d = (piece * kWarp + lane) * V;
-        if (d < args.hidden) store_wire<V>(to, args.wire, d, sum);
+        const int d = piece * kWarp * V;
+        outlet.put(to, args.wire, d, args.hidden, sum);
       }
     }
     if (args.probs_N != nullptr) {
@@ -101,6 +155,7 @@ __global__ void __launch_bounds__(kMostTeams* kTeam, 2) ep_reduce_push_kernel(Ep
         words[at] = row >= 0 && row < args.num_rows ? args.probs_N[row] : 0.0f;
       }
     }
+    outlet.flush();
     team_sync();
     if (threadIdx.x % kTeam == 0) publish(trip, peer, chunk, epoch);
   }
@@ -119,10 +174,12 @@ void ep_reduce_push(
       read_partial(trip, rows, row_index, ids, base, probs, wire, num_experts, tree_blocks, compact);
   const cudaStream_t stream = current_stream(state);
   const int grid = to_int32(blocks, "blocks"), teams = choose_teams(state.get_device_index());
+  const bool bulk = trip.width % 16 == 0 && has_bulk_copies(state.get_device_index());
   dispatch_partial(rows.scalar_type(), args, [&](auto zero, auto blocks_c) {
     const auto kernel = ep_reduce_push_kernel<decltype(zero), blocks_c.value>;
-    allow_rings(kernel, teams);
-    kernel<<<grid, teams * kTeam, teams * kTeamShared, stream>>>(trip, args);
+    allow_shared_memory(kernel, teams * kPushShared);
+    prefer_shared_memory(kernel);
+    kernel<<<grid, teams * kTeam, teams * kPushShared, stream>>>(trip, args, bulk);
   });
   MOE_LAUNCH_CHECK();
 }

@@ -127,6 +127,7 @@ __global__ void __launch_bounds__(kThreads, 4) ep_take_kernel(TakeArgs args) {
     } else {
       if (lane == 0) ok = spin(trip, trip.flag(trip.me, source, i / trip.chunk_rows), epoch, until, source);
       ok = __shfl_sync(0xffffffffu, ok, 0);
+      __syncwarp();  // what one lane acquired, all may read
       if (!ok) break;
     }
     copy_row<Unit, kFp8>(args, from, source == trip.me, targets, per_row);
@@ -183,12 +184,16 @@ void ep_take(
       ceil_div<int64_t>(static_cast<int64_t>(args.trip.max_rows) * args.trip.ranks, kThreads / kWarp);
   const int64_t most = (fp8 ? kDecodeBlocksPerSm : kBlocksPerSm) * sm_count(state.get_device_index());
   const int grid = static_cast<int>(wanted < most ? wanted : most);
+  const auto run = [&](auto kernel) {
+    prefer_shared_memory(kernel);
+    kernel<<<grid, kThreads, 0, stream>>>(args);
+  };
   if (fp8) {
-    ep_take_kernel<uint4, true><<<grid, kThreads, 0, stream>>>(args);
+    run(ep_take_kernel<uint4, true>);
   } else if (args.trip.width % 16 == 0 && reinterpret_cast<uintptr_t>(args.rows) % 16 == 0) {
-    ep_take_kernel<uint4, false><<<grid, kThreads, 0, stream>>>(args);
+    run(ep_take_kernel<uint4, false>);
   } else {
-    ep_take_kernel<uint8_t, false><<<grid, kThreads, 0, stream>>>(args);
+    run(ep_take_kernel<uint8_t, false>);
   }
   MOE_LAUNCH_CHECK();
 }

@@ -91,6 +91,7 @@ def measure(arguments: argparse.Namespace, context: ParallelContext, meter: Mete
             config = DispatchConfig(
                 backend="nvlink",
                 capacity="static",
+                static_factor=1.25,
                 max_tokens_per_rank=tokens,
                 rows=rows,  # type: ignore[arg-type]
                 dispatch_format=form,  # type: ignore[arg-type]
