@@ -309,7 +309,7 @@ def main() -> None:
 def finalists(tried: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The tiles that may be the best once the GPU is hot."""
     timed = sorted((row for row in tried if "us" in row), key=lambda row: row["us"])
-    return [row for row in timed if row["us"] <= 1.08 * timed[0]["us"]][:4]
+    return [row for row in timed if row["us"] <= 1.12 * timed[0]["us"]][:5]
 
 
 def winner_of(finals: list[dict[str, Any]]) -> dict[str, Any]:
