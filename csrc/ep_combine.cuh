@@ -122,13 +122,11 @@ __device__ __forceinline__ void team_sync() {
 
 // What a warp reads of several rows, in flight through shared memory. A *unit* is 32 x 16 bytes of a row; units come
 // piece after piece, the rows of a piece in the order of the lanes that hold their addresses. A warp has a ring of kRing
-// units, all but one on their way at any time: 16 warps a multiprocessor are 72 KiB, where 2 us of latency under load at
+// units, all but one on their way at any time: 16 warps a multiprocessor are 80 KiB, where 2 us of latency under load at
 // 3 TB/s over 132 multiprocessors need 46. A lane reads only what it copied itself.
-constexpr int kRing = 10;
+constexpr int kRing = 11;
 constexpr int kUnit = kWarp * 16;
 constexpr int kRingBytes = kRing * kUnit, kTeamShared = kRingBytes * kTeamWarps;
-// What a sending warp has besides: two sums of a piece, as wide as fp32 of 8 columns a lane, on their way to the peer.
-constexpr int kOutBytes = kWarp * 32, kPushShared = kTeamShared + 2 * kOutBytes * kTeamWarps;
 
 class RowStream {
  public:
@@ -227,7 +225,7 @@ inline void dispatch_partial(ScalarType dtype, const PartialArgs& args, Body&& b
 inline int choose_teams(int device) {
   int bytes = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-  return bytes >= kMostTeams * (kTeamShared + kPushShared) + 4096 ? kMostTeams : 1;
+  return bytes >= 2 * (kMostTeams * kTeamShared + 2048) ? kMostTeams : 1;
 }
 
 PartialArgs read_partial(

@@ -18,19 +18,30 @@ struct PlanArgs {
   int32_t* tokens_RT;
   int32_t* position_TR;
   int32_t* counts_R;
-  int32_t* words_T2K;
+  int32_t* places_TK;
   int32_t* counts_E;
   int32_t* piece_counts;  // [blocks, columns]
   int32_t T, K, experts, ranks, segment;
+  uint32_t inverse;  // 2^32 / experts of a rank, rounded up: the high word of its product with an id is the id's rank
+  bool wide;         // ids of a token in whole 16-byte units
 
   __device__ int columns() const { return experts + ranks; }
+  __device__ unsigned rank_bit(int id) const {
+    if (id < 0 || id >= experts) return 0;
+    return 1u << (inverse == 0 ? id : __umulhi(static_cast<uint32_t>(id), inverse));  // 0: one expert a rank
+  }
   // The ranks that a token goes to, as bits.
   __device__ unsigned ranks_of(int token) const {
+    const int32_t* ids_K = ids_TK + static_cast<int64_t>(token) * K;
     unsigned goes = 0;
-    const int per_rank = experts / ranks;
-    for (int k = 0; k < K; ++k) {
-      const int id = ids_TK[static_cast<int64_t>(token) * K + k];
-      if (id >= 0 && id < experts) goes |= 1u << (id / per_rank);
+    if (wide) {
+#pragma unroll 2
+      for (int k = 0; k < K; k += 4) {
+        const int4 ids = *reinterpret_cast<const int4*>(ids_K + k);
+        goes |= rank_bit(ids.x) | rank_bit(ids.y) | rank_bit(ids.z) | rank_bit(ids.w);
+      }
+    } else {
+      for (int k = 0; k < K; ++k) goes |= rank_bit(ids_K[k]);
     }
     return goes;
   }
@@ -103,11 +114,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) place_plan_kernel(PlanArgs 
     __syncwarp();
     if (present && lane == __ffs(same) - 1) next_C[id] += __popc(same);
     __syncwarp();
-    if (p < slots_end) {
-      const int64_t token = p / args.K, k = p - token * args.K;
-      args.words_T2K[token * 2 * args.K + k] = id;
-      args.words_T2K[token * 2 * args.K + args.K + k] = place;
-    }
+    if (p < slots_end) args.places_TK[p] = place;
   }
   for (int base = begin; base < end; base += kWarp) {
     const int token = base + lane;
@@ -138,13 +145,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ep_plan(
       num_experts + num_ranks <= most_columns, "num_experts must be at most ", most_columns - num_ranks, ", got ",
       num_experts);
   const DeviceGuard guard(ids.get_device_index());
+  const int64_t per_rank = num_experts / num_ranks;
   const int64_t T = ids.size(0), K = ids.size(1), columns = num_experts + num_ranks;
   constexpr ScalarType i32 = ScalarType::Int;
   Tensor tokens = new_empty(ids, {num_ranks, T}, i32), position = new_empty(ids, {T, num_ranks}, i32);
-  Tensor counts = new_empty(ids, {num_ranks}, i32), words = new_empty(ids, {T, 2 * K}, i32);
+  Tensor counts = new_empty(ids, {num_ranks}, i32), places = new_empty(ids, {T, K}, i32);
   Tensor counts_E = new_empty(ids, {num_experts}, i32);
   const int64_t fitting = most_columns / columns, warps = fitting < kMostWarps ? fitting : kMostWarps;
-  const int64_t segment = round_up<int64_t>(ceil_div<int64_t>(T > 0 ? T : 1, kMostBlocks * warps), kWarp);
+  const int64_t segment = round_up<int64_t>(ceil_div<int64_t>(T > 0 ? T : 1, kMostBlocks * warps), 8);
   const int64_t blocks = ceil_div<int64_t>(T > 0 ? T : 1, segment * warps);
   Tensor piece_counts = new_empty(ids, {blocks, columns}, i32);
   const PlanArgs args{
@@ -152,14 +160,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ep_plan(
       out_ptr<int32_t>(tokens),
       out_ptr<int32_t>(position),
       out_ptr<int32_t>(counts),
-      out_ptr<int32_t>(words),
+      out_ptr<int32_t>(places),
       out_ptr<int32_t>(counts_E),
       out_ptr<int32_t>(piece_counts),
       to_int32(T, "T"),
       to_int32(K, "K"),
       to_int32(num_experts, "num_experts"),
       static_cast<int32_t>(num_ranks),
-      to_int32(segment, "segment")};
+      to_int32(segment, "segment"),
+      per_rank > 1 ? static_cast<uint32_t>(ceil_div<int64_t>(int64_t{1} << 32, per_rank)) : 0,
+      K % 4 == 0 && reinterpret_cast<uintptr_t>(ids.const_data_ptr()) % 16 == 0};
   const int grid = static_cast<int>(blocks), threads = static_cast<int>(warps) * kWarp;
   const int64_t shared = columns * static_cast<int64_t>(sizeof(int32_t));
   const cudaStream_t stream = current_stream(ids);
@@ -169,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ep_plan(
   allow_shared_memory(place_plan_kernel, warps * shared);
   place_plan_kernel<<<grid, threads, warps * shared, stream>>>(args);
   MOE_LAUNCH_CHECK();
-  return {tokens, position, counts, words, counts_E};
+  return {tokens, position, counts, places, counts_E};
 }
 
 }  // namespace

@@ -1,9 +1,7 @@
 // Send rows of a list to each rank: words first, then rows in flagged chunks. Twin of ep_push in moe_layer/ops/ep.py.
 //
-// All blocks first share the words of all rows, which must not queue behind rows on the link; the last to finish writes
-// the headers. Then each block takes
-// chunks, the peers in turn; a warp copies a row by bulk copies through shared memory (or, before Hopper and for odd
-// widths, with eight loads a lane in flight), or encodes it on the way.
+// Each block takes chunks, the peers in turn; a warp copies a row by bulk copies through shared memory (or, before Hopper
+// and for odd widths, with eight loads a lane in flight), or encodes it on the way.
 
 #include "bulk.cuh"
 #include "ep.cuh"
@@ -14,6 +12,7 @@ namespace {
 
 // To encode takes longer than to copy, and half of a multiprocessor's registers instead of a quarter.
 constexpr int kAhead = 8, kCopyThreads = 256, kEncodeThreads = 512;
+constexpr int kBulkBlocks = 16, kCopyBlocks = 64, kEncodeBlocks = 128;  // where the caller has no wish
 
 struct PushArgs {
   EpTrip trip;
@@ -21,6 +20,7 @@ struct PushArgs {
   const int32_t* tokens_RS;
   const int32_t* counts_R;
   const int32_t* meta0;
+  const int32_t* places;  // as wide as meta0
   const int32_t* meta1;
   const int32_t* counts_E;  // null: nobody asked
   int64_t row_bytes;        // of `rows`; the trip's width is that of the encoded row
@@ -53,7 +53,7 @@ __device__ __forceinline__ void send_fp8(const uint4* from, uint8_t* to, int64_t
 enum class Way { kCopy, kBulk, kEncode };
 
 // Of a warp: pieces of rows on their way, half of them being read, half being written.
-constexpr int kPieces = 4, kPieceBytes = 2048;
+constexpr int kPieces = 12, kPieceBytes = 2048;
 constexpr int64_t kBulkShared = static_cast<int64_t>(kCopyThreads / kWarp) * kPieces * kPieceBytes;
 
 struct BulkRing {
@@ -102,18 +102,11 @@ __device__ __forceinline__ void send_bulk(
 #endif
 }
 
-template <typename Unit, Way kWay>
-__global__ void __launch_bounds__(kWay == Way::kEncode ? kEncodeThreads : kCopyThreads, kWay == Way::kEncode ? 2 : 4)
-    ep_push_kernel(PushArgs args) {
-  constexpr int kThreads = kWay == Way::kEncode ? kEncodeThreads : kCopyThreads;
+// The rows for each peer. A list longer than the window would overwrite the next region: it is cut, and the count says so
+// to the receiver. All threads of the block call it.
+__device__ __forceinline__ void read_counts(const PushArgs& args, int32_t* counts) {
   const EpTrip& trip = args.trip;
-  __shared__ int32_t counts[kMostRanks];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const uint64_t until = now_ns() + trip.deadline_ns;
-  if (!wait_credits(trip, until)) return;
-  const uint32_t epoch = trip.epoch(kSent) + 1;
   if (threadIdx.x < trip.ranks) {
-    // A list longer than the window would overwrite the next region: it is cut, and the count says so to the receiver.
     counts[threadIdx.x] = args.counts_R[threadIdx.x];
     if (counts[threadIdx.x] > trip.max_rows || counts[threadIdx.x] > args.list) {
       if (blockIdx.x == 0) trip.report(kBadCount, trip.me, trip.max_rows, counts[threadIdx.x]);
@@ -121,42 +114,67 @@ __global__ void __launch_bounds__(kWay == Way::kEncode ? kEncodeThreads : kCopyT
     }
   }
   __syncthreads();
+}
 
-  const int words = args.meta0 == nullptr ? 0 : 1 + args.words0 + args.words1;
-  if (words > 0) {
-    for (int e = blockIdx.x * kThreads + threadIdx.x; e < args.num_local * trip.ranks; e += gridDim.x * kThreads) {
-      const int peer = e / args.num_local;
-      trip.expert_counts(peer, trip.me, args.num_local)[e - peer * args.num_local] = args.counts_E[e];
-    }
-    // A warp takes eight rows at a time: their loads are in flight together.
-    const int each = kThreads / kWarp * static_cast<int>(gridDim.x) * kAhead;
-    for (int peer = 0; peer < trip.ranks; ++peer) {
-      int32_t* to = trip.words(peer, trip.me);
-      for (int i = (blockIdx.x * (kThreads / kWarp) + warp) * kAhead; i < counts[peer]; i += each) {
-        const bool inside = lane < kAhead && i + lane < counts[peer];
-        const int mine = inside ? args.tokens_RS[static_cast<int64_t>(peer) * args.list + i + lane] : -1;
-        for (int first = 0; first < words; first += kWarp) {  // the same turns in all lanes: they shuffle
-          const int w = first + lane, place = w - 1 - args.words0;
-          int32_t values[kAhead];
+// The words of all rows, the counts by expert, then the headers. A launch of its own: words that a block writes while
+// others send rows already wait behind them, 40 to 280 us on an H200, and the receiver waits for the words.
+__global__ void __launch_bounds__(kCopyThreads) ep_words_kernel(PushArgs args) {
+  const EpTrip& trip = args.trip;
+  __shared__ int32_t counts[kMostRanks];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  if (!wait_credits(trip, now_ns() + trip.deadline_ns)) return;
+  const uint32_t epoch = trip.epoch(kSent) + 1;
+  read_counts(args, counts);
+  for (int e = blockIdx.x * kCopyThreads + threadIdx.x; e < args.num_local * trip.ranks;
+       e += gridDim.x * kCopyThreads) {
+    const int peer = e / args.num_local;
+    trip.expert_counts(peer, trip.me, args.num_local)[e - peer * args.num_local] = args.counts_E[e];
+  }
+  // A warp takes eight rows at a time: their loads are in flight together.
+  const int width0 = args.words0, places = args.places == nullptr ? 0 : width0,
+            words = 1 + width0 + places + args.words1;
+  const int each = kCopyThreads / kWarp * static_cast<int>(gridDim.x) * kAhead;
+  for (int peer = 0; peer < trip.ranks; ++peer) {
+    int32_t* to = trip.words(peer, trip.me);
+    for (int i = (blockIdx.x * (kCopyThreads / kWarp) + warp) * kAhead; i < counts[peer]; i += each) {
+      const bool inside = lane < kAhead && i + lane < counts[peer];
+      const int mine = inside ? args.tokens_RS[static_cast<int64_t>(peer) * args.list + i + lane] : -1;
+      for (int first = 0; first < words; first += kWarp) {  // the same turns in all lanes: they shuffle
+        const int w = first + lane - 1;
+        const int32_t* from = args.meta1 + w - width0 - places;
+        int width = args.words1;
+        if (w < width0 + places) from = args.places + w - width0, width = width0;
+        if (w < width0) from = args.meta0 + w;
+        int32_t values[kAhead];
 #pragma unroll
-          for (int j = 0; j < kAhead; ++j) {
-            const int64_t token = __shfl_sync(0xffffffffu, mine, j);
-            values[j] = static_cast<int32_t>(token);
-            if (w > 0 && w < words && token >= 0 && token < args.num_rows) {
-              values[j] = place < 0 ? args.meta0[token * args.words0 + w - 1] : args.meta1[token * args.words1 + place];
-            }
-          }
+        for (int j = 0; j < kAhead; ++j) {
+          const int64_t token = __shfl_sync(0xffffffffu, mine, j);
+          values[j] = static_cast<int32_t>(token);
+          if (w >= 0 && w + 1 < words && token >= 0 && token < args.num_rows) values[j] = from[token * width];
+        }
 #pragma unroll
-          for (int j = 0; j < kAhead; ++j) {
-            if (w < words && i + j < counts[peer]) to[static_cast<int64_t>(i + j) * words + w] = values[j];
-          }
+        for (int j = 0; j < kAhead; ++j) {
+          if (w + 1 < words && i + j < counts[peer]) to[static_cast<int64_t>(i + j) * words + w + 1] = values[j];
         }
       }
     }
-    if (last_block(trip, kMetaTicket, gridDim.x) && threadIdx.x < trip.ranks) {
-      write_headers(trip, epoch, threadIdx.x, counts[threadIdx.x]);
-    }
-  } else if (blockIdx.x == 0 && threadIdx.x < trip.ranks) {
+  }
+  if (last_block(trip, kMetaTicket, gridDim.x) && threadIdx.x < trip.ranks) {
+    write_headers(trip, epoch, threadIdx.x, counts[threadIdx.x]);
+  }
+}
+
+template <typename Unit, Way kWay>
+__global__ void __launch_bounds__(kWay == Way::kEncode ? kEncodeThreads : kCopyThreads, kWay == Way::kEncode ? 2 : 4)
+    ep_push_kernel(PushArgs args) {
+  constexpr int kThreads = kWay == Way::kEncode ? kEncodeThreads : kCopyThreads;
+  const EpTrip& trip = args.trip;
+  __shared__ int32_t counts[kMostRanks];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  if (!wait_credits(trip, now_ns() + trip.deadline_ns)) return;
+  const uint32_t epoch = trip.epoch(kSent) + 1;
+  read_counts(args, counts);
+  if (args.meta0 == nullptr && blockIdx.x == 0 && threadIdx.x < trip.ranks) {
     write_headers(trip, epoch, threadIdx.x, counts[threadIdx.x]);
   }
 
@@ -221,8 +239,8 @@ __global__ void __launch_bounds__(kWay == Way::kEncode ? kEncodeThreads : kCopyT
 
 void ep_push(
     const Tensor& peers, Tensor state, const Tensor& rows, const Tensor& tokens, const Tensor& counts,
-    const std::optional<Tensor>& meta0, const std::optional<Tensor>& meta1, const std::optional<Tensor>& counts_E,
-    const Tensor& words, int64_t blocks, bool fp8) {
+    const std::optional<Tensor>& meta0, const std::optional<Tensor>& places, const std::optional<Tensor>& meta1,
+    const std::optional<Tensor>& counts_E, const Tensor& words, int64_t blocks, bool fp8) {
   const DeviceGuard guard(state.get_device_index());
   check_tensor(rows, "rows", rows.scalar_type(), 2);
   check_tensor(tokens, "tokens", ScalarType::Int, 2);
@@ -253,6 +271,14 @@ void ep_push(
     args.words1 = to_int32(meta1->size(1), "meta1");
     sent_words += meta1->size(1);
   }
+  if (places.has_value()) {
+    STD_TORCH_CHECK(meta0.has_value(), "places go with meta0: pass it too");
+    check_tensor(*places, "places", ScalarType::Int, 2);
+    check_size(*places, "places", 0, rows.size(0));
+    check_size(*places, "places", 1, meta0->size(1));
+    args.places = in_ptr<int32_t>(*places);
+    sent_words += places->size(1);
+  }
   if (counts_E.has_value()) {
     STD_TORCH_CHECK(meta0.has_value(), "counts_E goes with the words of rows: pass meta0 too");
     check_tensor(*counts_E, "counts_E", ScalarType::Int, 1);
@@ -266,11 +292,24 @@ void ep_push(
       args.trip.width * args.trip.max_rows <= args.trip.data_block, "the window has no room for rows of ",
       args.trip.width, " bytes");
   const cudaStream_t stream = current_stream(state);
-  const int grid = to_int32(blocks, "blocks");
+  const int device = state.get_device_index();
   const bool wide = args.trip.width % 16 == 0 && reinterpret_cast<uintptr_t>(args.rows) % 16 == 0;
+  const bool bulk = wide && has_bulk_copies(device);
+  if (args.meta0 != nullptr) {
+    const int64_t wanted = ceil_div<int64_t>(args.list, kCopyThreads / kWarp * kAhead);
+    const int64_t most = blocks > 0 ? blocks : sm_count(device);
+    ep_words_kernel<<<
+        static_cast<int>(
+            wanted < 1      ? 1
+            : wanted < most ? wanted
+                            : most),
+        kCopyThreads, 0, stream>>>(args);
+    MOE_LAUNCH_CHECK();
+  }
+  const int grid = blocks > 0 ? to_int32(blocks, "blocks") : fp8 ? kEncodeBlocks : bulk ? kBulkBlocks : kCopyBlocks;
   if (fp8) {
     ep_push_kernel<uint4, Way::kEncode><<<grid, kEncodeThreads, 0, stream>>>(args);
-  } else if (wide && has_bulk_copies(state.get_device_index())) {
+  } else if (bulk) {
     allow_shared_memory(ep_push_kernel<uint4, Way::kBulk>, kBulkShared);
     prefer_shared_memory(ep_push_kernel<uint4, Way::kBulk>);
     ep_push_kernel<uint4, Way::kBulk><<<grid, kCopyThreads, kBulkShared, stream>>>(args);

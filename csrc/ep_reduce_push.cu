@@ -1,7 +1,6 @@
 // Send the partial row of each received token home: the tree over its rows, rounded to the wire's dtype and written into
 // the source's window. Twin of ep_reduce_push in moe_layer/ops/ep.py.
 
-#include "bulk.cuh"
 #include "ep_combine.cuh"
 
 namespace moe_layer {
@@ -50,53 +49,12 @@ PartialArgs read_partial(
 
 namespace {
 
-// Sums on their way to the peer, rounded, by plain stores or through shared memory by bulk copies.
-template <int V>
-class Outlet {
- public:
-  __device__ __forceinline__ Outlet(unsigned char* shared, bool bulk) : shared_(shared), bulk_(bulk) {}
-
-  // The whole warp calls it: the sums of the piece whose first column is `d`, V of each lane, into the row at `to`.
-  __device__ __forceinline__ void put(uint8_t* to, int32_t wire, int d, int hidden, const float (&sum)[V]) {
-    const int lane = threadIdx.x % kWarp;
-#if __CUDA_ARCH__ >= 900
-    if (bulk_) {
-      unsigned char* slot = shared_ + next_;
-      next_ ^= kOutBytes;
-      if (lane == 0) bulk_wait_read<1>();
-      __syncwarp();
-      store_wire<V>(slot, wire, lane * V, sum);
-      before_bulk_store();
-      __syncwarp();
-      const int width = static_cast<int>(wire_bytes(wire));
-      if (lane == 0) bulk_store(to + d * width, slot, min(hidden - d, kWarp * V) * width);
-      return;
-    }
-#endif
-    if (d + lane * V < hidden) store_wire<V>(to, wire, d + lane * V, sum);
-  }
-
-  // After it and a barrier, what was put may be published.
-  __device__ __forceinline__ void flush() {
-#if __CUDA_ARCH__ >= 900
-    if (bulk_ && threadIdx.x % kWarp == 0) bulk_wait_written();
-#endif
-  }
-
- private:
-  unsigned char* shared_;
-  int next_ = 0;
-  const bool bulk_;
-};
-
 template <typename T, int kBlocks>
-__global__ void __launch_bounds__(kMostTeams* kTeam, 2)
-    ep_reduce_push_kernel(EpTrip trip, PartialArgs args, bool bulk) {
+__global__ void __launch_bounds__(kMostTeams* kTeam, 2) ep_reduce_push_kernel(EpTrip trip, PartialArgs args) {
   extern __shared__ __align__(16) unsigned char rings[];
   constexpr int V = 16 / sizeof(T);
-  const int warp = threadIdx.x % kTeam / kWarp;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x % kTeam / kWarp;
   unsigned char* ring = rings + threadIdx.x / kWarp * kRingBytes;
-  Outlet<V> outlet(rings + team_count() * kTeamShared + threadIdx.x / kWarp * (2 * kOutBytes), bulk);
   if (!wait_credits(trip, now_ns() + trip.deadline_ns)) return;
   const uint32_t epoch = trip.epoch(kSent) + 1;
   if (blockIdx.x == 0 && threadIdx.x < trip.ranks) {
@@ -143,8 +101,8 @@ __global__ void __launch_bounds__(kMostTeams* kTeam, 2)
       for (int piece = begin; piece < end; ++piece) {
         float sum[V];
         sum_rows<T, V>(stream, blocks, sum);
-        const int d = piece * kWarp * V;
-        outlet.put(to, args.wire, d, args.hidden, sum);
+        const int d = (piece * kWarp + lane) * V;
+        if (d < args.hidden) store_wire<V>(to, args.wire, d, sum);
       }
     }
     if (args.probs_N != nullptr) {
@@ -155,7 +113,6 @@ __global__ void __launch_bounds__(kMostTeams* kTeam, 2)
         words[at] = row >= 0 && row < args.num_rows ? args.probs_N[row] : 0.0f;
       }
     }
-    outlet.flush();
     team_sync();
     if (threadIdx.x % kTeam == 0) publish(trip, peer, chunk, epoch);
   }
@@ -174,12 +131,11 @@ void ep_reduce_push(
       read_partial(trip, rows, row_index, ids, base, probs, wire, num_experts, tree_blocks, compact);
   const cudaStream_t stream = current_stream(state);
   const int grid = to_int32(blocks, "blocks"), teams = choose_teams(state.get_device_index());
-  const bool bulk = trip.width % 16 == 0 && has_bulk_copies(state.get_device_index());
   dispatch_partial(rows.scalar_type(), args, [&](auto zero, auto blocks_c) {
     const auto kernel = ep_reduce_push_kernel<decltype(zero), blocks_c.value>;
-    allow_shared_memory(kernel, teams * kPushShared);
+    allow_shared_memory(kernel, teams * kTeamShared);
     prefer_shared_memory(kernel);
-    kernel<<<grid, teams * kTeam, teams * kPushShared, stream>>>(trip, args, bulk);
+    kernel<<<grid, teams * kTeam, teams * kTeamShared, stream>>>(trip, args);
   });
   MOE_LAUNCH_CHECK();
 }

@@ -31,7 +31,6 @@ from moe_layer.dispatch.base import wire_dtype
 from moe_layer.dispatch.exchange import ExchangeDispatcher
 from moe_layer.dispatch.formats import InputFormat, TokenFormat, format_for
 from moe_layer.dispatch.nvlink_call import (
-    PUSH_BLOCKS,
     CombineRecv,
     CombineSend,
     DispatchRecv,
@@ -81,9 +80,7 @@ class NvlinkDispatcher(ExchangeDispatcher):
 
     def _open_route(self, link: Link, plan: DispatchPlan) -> Route:
         c = self.config
-        return NvlinkRoute(
-            link, plan, max_tokens=self.max_tokens, depth=c.ring_depth, blocks=c.sm_budget or PUSH_BLOCKS
-        )
+        return NvlinkRoute(link, plan, max_tokens=self.max_tokens, depth=c.ring_depth, blocks=c.sm_budget or 0)
 
     def window_size(self, hidden: int, dtype: torch.dtype) -> WindowSize:
         """What the fused calls need for rows of `hidden` columns."""

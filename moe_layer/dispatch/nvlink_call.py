@@ -22,8 +22,7 @@ from moe_layer.types import DispatchPlan, GradientLink
 if TYPE_CHECKING:
     from moe_layer.dispatch.nvlink import NvlinkDispatcher
 
-# Thread blocks of a send: the first only copies, the second encodes, the third reads K rows for one that it sends.
-PUSH_BLOCKS, ENCODE_BLOCKS, REDUCE_BLOCKS = 32, 128, 128
+REDUCE_BLOCKS = 128  # thread blocks of the send home, which reads K rows for one that it sends
 
 
 @dataclass
@@ -32,7 +31,7 @@ class FusedCall:
 
     Attributes:
         fp8: rows travel outwards as e4m3 (`dispatch_format: fp8_1x128`).
-        tokens_RT, position_TR, counts_R, words_T2K, counts_E: see `ep_plan`. x_TD: what was sent, until it is received.
+        tokens_RT, position_TR, counts_R, places_TK, counts_E: see `ep_plan`. x_TD: what was sent, until it is received.
         base_R1, recv_R: compact rows of each source. the next six: see `Arranged`.
         trips: under way between a send and its recv. d_y_TD; d_rows and d_probs: what the trips of backward carry.
     """
@@ -45,7 +44,7 @@ class FusedCall:
     tokens_RT: Tensor
     position_TR: Tensor
     counts_R: Tensor
-    words_T2K: Tensor
+    places_TK: Tensor
     counts_E: Tensor
     x_TD: Tensor | None = None
     base_R1: Tensor | None = None
@@ -70,7 +69,6 @@ class FusedCall:
         """Send rows `[T, D]` to the ranks of their experts."""
         w = self.window
         trip = self.begin(phase, width=fp8_width(rows.shape[1]) if self.fp8 else row_width(rows), home=False)
-        blocks = self.dispatcher.config.sm_budget or (ENCODE_BLOCKS if self.fp8 else PUSH_BLOCKS)
         w.send(
             trip,
             ep.ep_push,
@@ -80,7 +78,7 @@ class FusedCall:
             self.tokens_RT,
             self.counts_R,
             trip.words,
-            blocks=blocks,
+            blocks=self.dispatcher.config.sm_budget or 0,
             fp8=self.fp8,
             **meta,
         )
@@ -165,7 +163,8 @@ class DispatchSend(torch.autograd.Function):
         ctx.call, ctx.weights_dtype = call, weights_TK.dtype
         call.x_TD = aligned(x_TD)
         weights_TK = weights_TK.float().contiguous()
-        call.push("dispatch", call.x_TD, meta0=call.words_T2K, meta1=weights_TK, counts_E=call.counts_E)
+        words = {"meta0": call.plan.ids_TK, "places": call.places_TK, "meta1": weights_TK}
+        call.push("dispatch", call.x_TD, **words, counts_E=call.counts_E)
         return x_TD.new_empty(0)
 
     @staticmethod

@@ -73,8 +73,8 @@ def ep_arrange(
     alignment: int,
     compact: bool,
 ) -> Arranged:
-    """Wait for the headers and words of all ranks (`ep_push` with words_T2K, weights and counts_E) and give every slot
-    its row, by (expert, source, token, slot): the order of `sort_slots`.
+    """Wait for the headers and words of all ranks (`ep_push` with ids, places, weights and counts_E) and give every
+    slot its row, by (expert, source, token, slot): the order of `sort_slots`.
 
     Args:
         num_compact, num_rows: C and N, of the outputs. More rows than N are reported as an overflow; after a failure

@@ -15,8 +15,8 @@ def ep_plan(ids_TK: Tensor, *, num_experts: int, num_ranks: int) -> tuple[Tensor
 
     Args: int32 ids in [-1, num_experts).
     Returns: int32 tokens_RT (ascending tokens of each destination; past its count undefined), position_TR (place of
-    the token in that list, -1 = not sent), counts_R; words_T2K (a token's ids, then each slot's place among the slots
-    of its expert by (token, slot), -1 where absent), counts_E (slots of each expert).
+    the token in that list, -1 = not sent), counts_R; places_TK (each slot's place among the slots of its expert by
+    (token, slot), -1 where absent), counts_E (slots of each expert).
     """
     return call_plain(torch.ops.moe_layer.ep_plan, ids_TK, num_experts, num_ranks)
 
@@ -34,14 +34,13 @@ def _ep_plan(ids: Tensor, num_experts: int, num_ranks: int) -> tuple[Tensor, Ten
     order = sort_slots(ids, first_expert=0, num_local=num_experts, alignment=1, num_rows=T * K)
     first_TK = order.offsets_L1.index_select(0, ids.clamp_min(0).flatten()).view(T, K)
     place_TK = torch.where(order.row_CK >= 0, order.row_CK - first_TK, -1)
-    words_T2K = torch.cat((ids, place_TK), dim=1)
-    return tokens_RT[:, :T].contiguous(), position_TR.int(), goes_TR.sum(0).int(), words_T2K, order.counts_L
+    return tokens_RT[:, :T].contiguous(), position_TR.int(), goes_TR.sum(0).int(), place_TK, order.counts_L
 
 
 @_ep_plan.register_fake
 def _(ids, num_experts, num_ranks):  # type: ignore[no-untyped-def]
     T, K = ids.shape
-    shapes = ((num_ranks, T), (T, num_ranks), (num_ranks,), (T, 2 * K), (num_experts,))
+    shapes = ((num_ranks, T), (T, num_ranks), (num_ranks,), (T, K), (num_experts,))
     new = [ids.new_empty(shape, dtype=torch.int32) for shape in shapes]
     return tuple(new)
 
@@ -55,6 +54,7 @@ def ep_push(
     trip: Tensor,
     *,
     meta0: Tensor | None = None,
+    places: Tensor | None = None,
     meta1: Tensor | None = None,
     counts_E: Tensor | None = None,
     blocks: int,
@@ -66,12 +66,13 @@ def ep_push(
         peers: int64 `[R]`, addresses of the windows. state: int32. trip: int64 on the CPU, see TRIP_WORDS.
         rows: `[T, width bytes]` contiguous, any dtype; with `fp8` bf16, encoded on the way (ops/fp8_rows.py).
         tokens_RS, counts_R: int32. A row of this rank itself is not copied; its header and meta words are.
-        meta0, meta1: int32 or fp32 `[T, M]`: a row's words are its token index, then these.
+        meta0, places, meta1: int32 or fp32 `[T, M]`: a row's words are its token index, then these, in this order.
         counts_E: int32, with the words: each rank gets those of its own experts.
-        blocks: thread blocks, which is the number of multiprocessors that the send occupies at most.
+        blocks: thread blocks, which is the number of multiprocessors that the send occupies at most; 0: as many as
+            serve the link.
     """
     op = torch.ops.moe_layer.ep_push
-    call_plain(op, peers, state, rows, tokens_RS, counts_R, meta0, meta1, counts_E, trip, blocks, fp8)
+    call_plain(op, peers, state, rows, tokens_RS, counts_R, meta0, places, meta1, counts_E, trip, blocks, fp8)
 
 
 @torch.library.custom_op("moe_layer::ep_push", mutates_args=("state",))
@@ -82,6 +83,7 @@ def _ep_push(
     tokens: Tensor,
     counts: Tensor,
     meta0: Tensor | None,
+    places: Tensor | None,
     meta1: Tensor | None,
     counts_E: Tensor | None,
     trip: Tensor,
@@ -97,7 +99,7 @@ def _ep_push(
     count_R = counts.tolist()
     for peer in range(t.ranks):
         index = tokens[peer, : count_R[peer]]
-        extra = [m.view(torch.int32).index_select(0, index) for m in (meta0, meta1) if m is not None]
+        extra = [m.view(torch.int32).index_select(0, index) for m in (meta0, places, meta1) if m is not None]
         if extra:
             words = torch.cat([index.unsqueeze(1), *extra], dim=1)
             t.meta(peer, t.me, count_R[peer], words.shape[1]).copy_(words)

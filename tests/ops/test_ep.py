@@ -46,10 +46,13 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 def test_opcheck(window: Window, one: Link) -> None:
     x, ids, weights = inputs()
     check(torch.ops.moe_layer.ep_plan.default, (ids, E, 1))
-    tokens, position, counts, words, counts_E = ep.ep_plan(ids, num_experts=E, num_ranks=1)
+    tokens, position, counts, places, counts_E = ep.ep_plan(ids, num_experts=E, num_ranks=1)
     trip = window.begin(one.at("dispatch"), width=4 * D, link=one, home=False)
     w = (window.peers, window.state)
-    check(torch.ops.moe_layer.ep_push.default, (*w, x, tokens, counts, words, weights, counts_E, trip.words, 1, False))
+    check(
+        torch.ops.moe_layer.ep_push.default,
+        (*w, x, tokens, counts, ids, places, weights, counts_E, trip.words, 1, False),
+    )
     check(torch.ops.moe_layer.ep_await.default, (*w, trip.words))
     check(torch.ops.moe_layer.ep_arrange.default, (*w, trip.words, T, T * K, K, 0, E, 1, True))
     base = torch.tensor([0, 4], dtype=torch.int32)
@@ -73,9 +76,9 @@ def test_opcheck(window: Window, one: Link) -> None:
 
 
 def push(window: Window, link: Link, x: Tensor, ids: Tensor, weights: Tensor):  # type: ignore[no-untyped-def]
-    tokens, _, counts, words, counts_E = ep.ep_plan(ids, num_experts=E, num_ranks=1)
+    tokens, _, counts, places, counts_E = ep.ep_plan(ids, num_experts=E, num_ranks=1)
     trip = window.begin(link.at("dispatch"), width=4 * D, link=link, home=False)
-    extra = {"meta0": words, "meta1": weights, "counts_E": counts_E}
+    extra = {"meta0": ids, "places": places, "meta1": weights, "counts_E": counts_E}
     ep.ep_push(window.peers, window.state, x, tokens, counts, trip.words, **extra, blocks=1)
     return trip, tokens, counts
 
