@@ -65,10 +65,12 @@ __device__ __forceinline__ void before_bulk_store() { asm volatile("fence.proxy.
 
 #endif
 
-inline bool has_bulk_copies(int device) {
-  int major = 0;
+// Whether the device has them, and multiprocessors with that much shared memory.
+inline bool has_bulk_copies(int device, int64_t bytes) {
+  int major = 0, shared = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return major >= 9;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+  return major >= 9 && shared >= bytes;
 }
 
 }  // namespace moe_layer

@@ -1,8 +1,8 @@
 // Trips of rows between windows, as device functions: the twin of `_Trip` in moe_layer/ops/ep.py, which describes the
 // protocol. Everything here is for whole blocks: all threads call, and all get the same answer.
 //
-// Memory order. A block writes rows with plain stores, meets at a barrier, and its first thread publishes them: a system
-// fence (which is cumulative over what the barrier ordered before it), then a release store of the flag. The reader's
+// Memory order. The warps of a chunk write its rows and count themselves in shared memory; the last one publishes: a system
+// fence (which is cumulative over what the count ordered before it), then a release store of the flag. The reader's
 // first thread polls with acquire loads, the block meets at a barrier and reads with plain loads. Where several blocks
 // contribute, `last_block` elects the one that saw all the others' fences.
 //
@@ -143,10 +143,26 @@ __device__ inline void write_headers(const EpTrip& trip, uint32_t epoch, int pee
   store_release_sys(trip.word(peer, trip.ready, trip.me), epoch);
 }
 
-// One thread, after a barrier of those that wrote the chunk's rows: publishes them.
-__device__ inline void publish(const EpTrip& trip, int peer, int64_t chunk, uint32_t epoch) {
-  __threadfence_system();
-  store_release_sys(trip.flag(peer, trip.me, chunk), epoch);
+// Warps that write chunks together. They do not meet: behind a full link a system fence takes 20 us, on an H200, and only
+// the warp that came last waits for it. `counts` (kArrivals words of shared memory, zeros) serve chunks n in turn.
+constexpr int kArrivals = 8;
+
+// This warp's part of the team's n-th chunk is written. The whole warp calls it, `warps` of them a team; the last one
+// publishes the chunk.
+__device__ inline void finish_chunk(
+    const EpTrip& trip, int32_t* counts, int n, int warps, int peer, int64_t chunk, uint32_t epoch) {
+  __syncwarp();
+  if (threadIdx.x % kWarp == 0) {
+    __threadfence_block();
+    const int before = n / kArrivals * warps;
+    int32_t* count = counts + n % kArrivals;
+    while (*static_cast<volatile int32_t*>(count) < before) __nanosleep(32);  // a warp is kArrivals chunks behind
+    if (atomicAdd(count, 1) == before + warps - 1) {
+      __threadfence_system();
+      store_release_sys(trip.flag(peer, trip.me, chunk), epoch);
+    }
+  }
+  __syncwarp();
 }
 
 // True in the last of the `blocks` blocks that call it; what the others wrote before is then visible to its threads.

@@ -109,16 +109,12 @@ __device__ __forceinline__ SlotList list_slots(const PartialArgs& args, const Ra
   return {__shfl_sync(kAll, raw.row, from), __shfl_sync(kAll, order.block, from) - args.first_block, order.count};
 }
 
-// Threads of these kernels: up to two teams a block, which in the sending half take chunks and meet apart, so that one
-// loads while the other publishes. 64 registers a thread, so that a block of each half of the way home fits on a multiprocessor.
+// Threads of these kernels: up to two teams a block, which in the sending half take chunks. 64 registers a thread, so that
+// a block of each half of the way home fits on a multiprocessor.
 constexpr int kTeam = 256, kMostTeams = 2, kTeamWarps = kTeam / kWarp;
 
 __device__ __forceinline__ int team_index() { return threadIdx.x / kTeam; }
 __device__ __forceinline__ int team_count() { return blockDim.x / kTeam; }
-
-__device__ __forceinline__ void team_sync() {
-  asm volatile("bar.sync %0, %1;" ::"r"(1 + team_index()), "n"(kTeam) : "memory");
-}
 
 // What a warp reads of several rows, in flight through shared memory. A *unit* is 32 x 16 bytes of a row; units come
 // piece after piece, the rows of a piece in the order of the lanes that hold their addresses. A warp has a ring of kRing

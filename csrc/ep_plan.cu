@@ -11,6 +11,7 @@ namespace moe_layer {
 namespace {
 
 constexpr int kMostWarps = 4, kMostBlocks = 64;
+constexpr int kBatch = 4;                   // ids that a thread reads at once: one by one their latencies add up
 constexpr int64_t kMaxShared = 160 * 1024;  // sm_80 allows 163 KiB
 
 struct PlanArgs {
@@ -50,9 +51,15 @@ struct PlanArgs {
 // Adds the slots and tokens [begin, end) to the columns; for whole warps, each with its own range or all with one.
 __device__ __forceinline__ void count_range(
     const PlanArgs& args, int begin, int end, int first, int step, int32_t* columns) {
-  for (int64_t p = static_cast<int64_t>(begin) * args.K + first; p < static_cast<int64_t>(end) * args.K; p += step) {
-    const int id = args.ids_TK[p];
-    if (id >= 0 && id < args.experts) atomicAdd(&columns[id], 1);
+  const int64_t last = static_cast<int64_t>(end) * args.K;
+  for (int64_t p = static_cast<int64_t>(begin) * args.K + first; p < last; p += kBatch * step) {
+    int id[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) id[j] = p + j * step < last ? args.ids_TK[p + j * step] : -1;
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (id[j] >= 0 && id[j] < args.experts) atomicAdd(&columns[id[j]], 1);
+    }
   }
   const int lane = threadIdx.x % kWarp;
   for (int base = begin + first - lane; base < end; base += step) {
@@ -105,16 +112,26 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) place_plan_kernel(PlanArgs 
   __syncthreads();
 
   const int64_t slots_end = static_cast<int64_t>(end) * args.K;
-  for (int64_t base = static_cast<int64_t>(begin) * args.K; base < slots_end; base += kWarp) {
-    const int64_t p = base + lane;
-    const int id = p < slots_end ? args.ids_TK[p] : -1;
-    const bool present = id >= 0 && id < args.experts;
-    const unsigned same = __match_any_sync(kAll, present ? id : -1);
-    const int place = present ? next_C[id] + __popc(same & ((1u << lane) - 1)) : -1;
-    __syncwarp();
-    if (present && lane == __ffs(same) - 1) next_C[id] += __popc(same);
-    __syncwarp();
-    if (p < slots_end) args.places_TK[p] = place;
+  for (int64_t base = static_cast<int64_t>(begin) * args.K; base < slots_end; base += kBatch * kWarp) {
+    int ids[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int64_t p = base + j * kWarp + lane;
+      ids[j] = p < slots_end ? args.ids_TK[p] : -1;
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (base + j * kWarp >= slots_end) break;
+      const int64_t p = base + j * kWarp + lane;
+      const int id = ids[j];
+      const bool present = id >= 0 && id < args.experts;
+      const unsigned same = __match_any_sync(kAll, present ? id : -1);
+      const int place = present ? next_C[id] + __popc(same & ((1u << lane) - 1)) : -1;
+      __syncwarp();
+      if (present && lane == __ffs(same) - 1) next_C[id] += __popc(same);
+      __syncwarp();
+      if (p < slots_end) args.places_TK[p] = place;
+    }
   }
   for (int base = begin; base < end; base += kWarp) {
     const int token = base + lane;

@@ -53,7 +53,7 @@ __device__ __forceinline__ void send_fp8(const uint4* from, uint8_t* to, int64_t
 enum class Way { kCopy, kBulk, kEncode };
 
 // Of a warp: pieces of rows on their way, half of them being read, half being written.
-constexpr int kPieces = 12, kPieceBytes = 2048;
+constexpr int kPieces = 8, kPieceBytes = 2048;
 constexpr int64_t kBulkShared = static_cast<int64_t>(kCopyThreads / kWarp) * kPieces * kPieceBytes;
 
 struct BulkRing {
@@ -169,8 +169,9 @@ __global__ void __launch_bounds__(kWay == Way::kEncode ? kEncodeThreads : kCopyT
     ep_push_kernel(PushArgs args) {
   constexpr int kThreads = kWay == Way::kEncode ? kEncodeThreads : kCopyThreads;
   const EpTrip& trip = args.trip;
-  __shared__ int32_t counts[kMostRanks];
+  __shared__ int32_t counts[kMostRanks], arrived[kArrivals];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  if (threadIdx.x < kArrivals) arrived[threadIdx.x] = 0;
   if (!wait_credits(trip, now_ns() + trip.deadline_ns)) return;
   const uint32_t epoch = trip.epoch(kSent) + 1;
   read_counts(args, counts);
@@ -193,7 +194,7 @@ __global__ void __launch_bounds__(kWay == Way::kEncode ? kEncodeThreads : kCopyT
   }
   const int64_t per_row = args.row_bytes / static_cast<int64_t>(sizeof(Unit));
   const Unit* source = static_cast<const Unit*>(args.rows);
-  int most = 0;
+  int most = 0, sent = 0;
   for (int peer = 0; peer < trip.ranks; ++peer) {
     if (peer != trip.me) most = max(most, counts[peer]);
   }
@@ -229,8 +230,7 @@ __global__ void __launch_bounds__(kWay == Way::kEncode ? kEncodeThreads : kCopyT
         }
       }
     }
-    __syncthreads();
-    if (threadIdx.x == 0) publish(trip, peer, chunk, epoch);
+    finish_chunk(trip, arrived, sent++, kThreads / kWarp, peer, chunk, epoch);
   }
   if (last_block(trip, kSendTicket, gridDim.x) && threadIdx.x == 0) {
     trip.state[trip.counters + kSent] = static_cast<int32_t>(epoch);
@@ -294,7 +294,7 @@ void ep_push(
   const cudaStream_t stream = current_stream(state);
   const int device = state.get_device_index();
   const bool wide = args.trip.width % 16 == 0 && reinterpret_cast<uintptr_t>(args.rows) % 16 == 0;
-  const bool bulk = wide && has_bulk_copies(device);
+  const bool bulk = wide && has_bulk_copies(device, kBulkShared + 96 * 1024);  // and a block of ep_home beside it
   if (args.meta0 != nullptr) {
     const int64_t wanted = ceil_div<int64_t>(args.list, kCopyThreads / kWarp * kAhead);
     const int64_t most = blocks > 0 ? blocks : sm_count(device);

@@ -55,12 +55,14 @@ __global__ void __launch_bounds__(kMostTeams* kTeam, 2) ep_reduce_push_kernel(Ep
   constexpr int V = 16 / sizeof(T);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x % kTeam / kWarp;
   unsigned char* ring = rings + threadIdx.x / kWarp * kRingBytes;
+  __shared__ int32_t arrived[kMostTeams][kArrivals];
+  if (threadIdx.x < kMostTeams * kArrivals) arrived[threadIdx.x / kArrivals][threadIdx.x % kArrivals] = 0;
   if (!wait_credits(trip, now_ns() + trip.deadline_ns)) return;
   const uint32_t epoch = trip.epoch(kSent) + 1;
   if (blockIdx.x == 0 && threadIdx.x < trip.ranks) {
     write_headers(trip, epoch, threadIdx.x, args.base_R1[threadIdx.x + 1] - args.base_R1[threadIdx.x]);
   }
-  int most = 0;
+  int most = 0, sent = 0;
   for (int r = 0; r < trip.ranks; ++r) {
     if (r != trip.me) most = max(most, args.base_R1[r + 1] - args.base_R1[r]);
   }
@@ -93,6 +95,11 @@ __global__ void __launch_bounds__(kMostTeams* kTeam, 2) ep_reduce_push_kernel(Ep
     for (int item = warp; item < rows * parts; item += kTeamWarps) {
       const int j = first + item / parts, part = item % parts;
       const int begin = pieces * part / parts, end = pieces * (part + 1) / parts;
+      if (args.probs_N != nullptr && part == 0 && lane < args.slots) {
+        const int row = args.row_CK[static_cast<int64_t>(base + j) * args.slots + lane];
+        reinterpret_cast<float*>(trip.words(peer, trip.me))[static_cast<int64_t>(j) * args.slots + lane] =
+            row >= 0 && row < args.num_rows ? args.probs_N[row] : 0.0f;
+      }
       if (begin == end) continue;
       const SlotList list = list_slots(args, item == warp ? now : read_slots(args, base + j));
       const BlockEnds<kBlocks> blocks(list);
@@ -105,16 +112,7 @@ __global__ void __launch_bounds__(kMostTeams* kTeam, 2) ep_reduce_push_kernel(Ep
         if (d < args.hidden) store_wire<V>(to, args.wire, d, sum);
       }
     }
-    if (args.probs_N != nullptr) {
-      float* words = reinterpret_cast<float*>(trip.words(peer, trip.me));
-      for (int i = threadIdx.x % kTeam; i < rows * args.slots; i += kTeam) {
-        const int64_t at = static_cast<int64_t>(first) * args.slots + i;
-        const int row = args.row_CK[static_cast<int64_t>(base) * args.slots + at];
-        words[at] = row >= 0 && row < args.num_rows ? args.probs_N[row] : 0.0f;
-      }
-    }
-    team_sync();
-    if (threadIdx.x % kTeam == 0) publish(trip, peer, chunk, epoch);
+    finish_chunk(trip, arrived[team_index()], sent++, kTeamWarps, peer, chunk, epoch);
   }
   if (last_block(trip, kSendTicket, gridDim.x) && threadIdx.x == 0) {
     trip.state[trip.counters + kSent] = static_cast<int32_t>(epoch);
