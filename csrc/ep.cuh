@@ -9,8 +9,8 @@
 // A kernel that waits must leave room for the kernels it waits for, which run on the same multiprocessors of the peers
 // and on their own stream here. Per multiprocessor, the kernels of one direction share the registers: ep_push 1/4 and
 // ep_take 3/4 (with fp8 1/2 and 1/2), ep_reduce_push 1/2 and ep_home 1/2, which share its shared memory too. A kernel
-// that waits also asks for a multiprocessor set to as much shared memory as it can have (prefer_shared_memory), although
-// it needs none: how much is set when the multiprocessor is idle, and the sender, which may come later, needs some.
+// that waits also asks for a multiprocessor set to as much shared memory as it can have (prefer_shared_memory), whether
+// it needs some or not: how much is set when the multiprocessor is idle, and the sender, which may come later, needs it.
 #pragma once
 
 #include "common.cuh"
@@ -143,6 +143,12 @@ __device__ inline void write_headers(const EpTrip& trip, uint32_t epoch, int pee
   store_release_sys(trip.word(peer, trip.ready, trip.me), epoch);
 }
 
+// One thread, after a barrier of those that wrote the chunk's rows: publishes them.
+__device__ inline void publish(const EpTrip& trip, int peer, int64_t chunk, uint32_t epoch) {
+  __threadfence_system();
+  store_release_sys(trip.flag(peer, trip.me, chunk), epoch);
+}
+
 // Warps that write chunks together. They do not meet: behind a full link a system fence takes 20 us, on an H200, and only
 // the warp that came last waits for it. `counts` (kArrivals words of shared memory, zeros) serve chunks n in turn.
 constexpr int kArrivals = 8;
@@ -158,8 +164,7 @@ __device__ inline void finish_chunk(
     int32_t* count = counts + n % kArrivals;
     while (*static_cast<volatile int32_t*>(count) < before) __nanosleep(32);  // a warp is kArrivals chunks behind
     if (atomicAdd(count, 1) == before + warps - 1) {
-      __threadfence_system();
-      store_release_sys(trip.flag(peer, trip.me, chunk), epoch);
+      publish(trip, peer, chunk, epoch);
     }
   }
   __syncwarp();

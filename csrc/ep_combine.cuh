@@ -76,45 +76,46 @@ struct SlotList {
   }
 };
 
-// The slots of one compact row as they lie in memory: lane k holds slot k. Read well before they are needed.
-struct RawSlots {
-  int64_t c = -1;  // -1: no row
-  int row = -1, id = 0;
-};
-
-__device__ __forceinline__ RawSlots read_slots(const PartialArgs& args, int64_t c) {
-  const int lane = threadIdx.x % kWarp;
-  RawSlots raw;
-  raw.c = c;
-  if (!args.compact && lane < args.slots && c >= 0 && c < args.num_compact) {
-    raw.row = args.row_CK[c * args.slots + lane];
-    raw.id = args.ids_CK[c * args.slots + lane];
-  }
-  return raw;
-}
-
 // The whole warp calls it.
-__device__ __forceinline__ SlotList list_slots(const PartialArgs& args, const RawSlots& raw) {
+__device__ __forceinline__ SlotList list_slots(const PartialArgs& args, int64_t c) {
   constexpr unsigned kAll = 0xffffffffu;
   const int lane = threadIdx.x % kWarp;
-  if (raw.c < 0) return {};
-  if (args.compact) return {static_cast<int>(raw.c), 0, 1};
-  const bool present = raw.row >= 0 && raw.row < args.num_rows;
-  const SlotOrder order = order_slots(present, raw.id, args.slots, args.tree_blocks, args.num_experts);
+  if (args.compact) return {static_cast<int>(c), 0, 1};
+  int row = -1, id = 0;
+  if (lane < args.slots && c < args.num_compact) {
+    row = args.row_CK[c * args.slots + lane];
+    id = args.ids_CK[c * args.slots + lane];
+    if (row >= args.num_rows) row = -1;
+  }
+  const SlotOrder order = order_slots(row >= 0, id, args.slots, args.tree_blocks, args.num_experts);
   int from = 0;
   for (int i = 0; i < order.count; ++i) {
     const int slot = __ffs(__ballot_sync(kAll, order.rank == i)) - 1;
     if (lane == i) from = slot;
   }
-  return {__shfl_sync(kAll, raw.row, from), __shfl_sync(kAll, order.block, from) - args.first_block, order.count};
+  return {__shfl_sync(kAll, row, from), __shfl_sync(kAll, order.block, from) - args.first_block, order.count};
 }
 
-// Threads of these kernels: up to two teams a block, which in the sending half take chunks. 64 registers a thread, so that
-// a block of each half of the way home fits on a multiprocessor.
+// Threads of these kernels: up to two teams a block, which take work and meet apart, so that one loads while the other
+// publishes or waits. 64 registers a thread, so that a block of each half of the way home fits on a multiprocessor.
 constexpr int kTeam = 256, kMostTeams = 2, kTeamWarps = kTeam / kWarp;
 
 __device__ __forceinline__ int team_index() { return threadIdx.x / kTeam; }
 __device__ __forceinline__ int team_count() { return blockDim.x / kTeam; }
+
+__device__ __forceinline__ void team_sync() {
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + team_index()), "n"(kTeam) : "memory");
+}
+
+// A barrier of the team: whether all its threads say so.
+__device__ __forceinline__ bool team_and(bool ok) {
+  int all;
+  asm volatile("{\n.reg .pred p, q;\nsetp.ne.s32 p, %1, 0;\nbar.red.and.pred q, %2, %3, p;\nselp.s32 %0, 1, 0, q;\n}"
+               : "=r"(all)
+               : "r"(static_cast<int>(ok)), "r"(1 + team_index()), "n"(kTeam)
+               : "memory");
+  return all != 0;
+}
 
 // What a warp reads of several rows, in flight through shared memory. A *unit* is 32 x 16 bytes of a row; units come
 // piece after piece, the rows of a piece in the order of the lanes that hold their addresses. A warp has a ring of kRing
@@ -221,7 +222,13 @@ inline void dispatch_partial(ScalarType dtype, const PartialArgs& args, Body&& b
 inline int choose_teams(int device) {
   int bytes = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-  return bytes >= 2 * (kMostTeams * kTeamShared + 2048) ? kMostTeams : 1;
+  return bytes >= 2 * (kMostTeams * kTeamShared + 4096) ? kMostTeams : 1;
+}
+
+template <typename Kernel>
+inline void allow_rings(Kernel kernel, int teams) {
+  allow_shared_memory(kernel, teams * kTeamShared);
+  prefer_shared_memory(kernel);
 }
 
 PartialArgs read_partial(

@@ -13,20 +13,21 @@ struct HomeArgs {
   void* out_TD;
   float* d_weights_TK;
   int64_t tokens;
-  int32_t parts;  // warps that share a token
+  int32_t group;  // tokens that a team takes at a time
   int32_t add_dtype, out_dtype;
 };
 
-// The warp waits for the chunks of a token's rows; lane r's place among the rows of rank r.
-__device__ __forceinline__ bool wait_rows(const EpTrip& trip, int place, uint32_t epoch, uint64_t until) {
+// The team waits for the chunks of the rows of tokens [first, end), a thread for one row.
+__device__ __forceinline__ bool wait_tokens(
+    const EpTrip& trip, const HomeArgs& home, int64_t first, int64_t end, uint32_t epoch, uint64_t until) {
   bool ok = true;
-  const int peer = threadIdx.x % kWarp;
-  if (place >= 0 && peer != trip.me) {
-    ok = spin(trip, trip.flag(trip.me, peer, place / trip.chunk_rows), epoch, until, peer);
+  const int i = threadIdx.x % kTeam, peer = i % trip.ranks;
+  const int64_t token = first + i / trip.ranks;
+  if (token < end && peer != trip.me) {
+    const int place = home.position_TR[token * trip.ranks + peer];
+    if (place >= 0) ok = spin(trip, trip.flag(trip.me, peer, place / trip.chunk_rows), epoch, until, peer);
   }
-  ok = __all_sync(0xffffffffu, ok);
-  __syncwarp();  // what one lane acquired, all may read
-  return ok;
+  return team_and(ok);
 }
 
 // What one warp sums of a token. Rows come in the order own rows, peers' partial rows, what is added; those whose columns
@@ -39,15 +40,15 @@ struct HomeRow {
   const unsigned char* row;   // lane i: the i-th row of the stream
   int count;                  // rows of the stream
 
-  // `place`: lane r's, among the rows of rank r.
-  __device__ __forceinline__ HomeRow(
-      const EpTrip& trip, const PartialArgs& args, const HomeArgs& home, int64_t t, int place, const RawSlots& raw,
-      int element_bytes)
-      : own(list_slots(args, raw)) {
+  __device__ __forceinline__
+  HomeRow(const EpTrip& trip, const PartialArgs& args, const HomeArgs& home, int64_t t, int element_bytes) {
     constexpr unsigned kAll = 0xffffffffu;
     const int lane = threadIdx.x % kWarp;
     const int64_t row_bytes = args.hidden * static_cast<int64_t>(element_bytes);
+    const int place = lane < trip.ranks ? home.position_TR[t * trip.ranks + lane] : -1;
+    const int own_place = __shfl_sync(kAll, place, trip.me);
     senders = __ballot_sync(kAll, place >= 0);
+    if (own_place >= 0) own = list_slots(args, args.base_R1[trip.me] + own_place);
     row = own.address(args, row_bytes);
     count = own.count;
     peer = trip.rows(trip.me, lane < trip.ranks ? lane : 0) + (place < 0 ? 0 : place) * trip.width;
@@ -120,67 +121,59 @@ __device__ __forceinline__ void sum_token(
   for (int i = 0; i < V; ++i) sum[i] = __fadd_rn(sum[i], extra[i]);
 }
 
-// Slot k's share of the probabilities' gradient, in lane k.
+// Slot k's share of the probabilities' gradient, of the tokens [first, end).
 __device__ __forceinline__ void take_home_probs(
-    const EpTrip& trip, const PartialArgs& args, const HomeArgs& home, int64_t t, int places) {
-  const int lane = threadIdx.x % kWarp, id = lane < args.slots ? home.ids_TK[t * args.slots + lane] : -1;
-  const int owner = id >= 0 && id < args.num_experts ? id / (args.num_experts / trip.ranks) : -1;
-  const int64_t place = __shfl_sync(0xffffffffu, places, owner < 0 ? 0 : owner);
-  if (lane >= args.slots) return;
-  float value = 0.0f;
-  if (owner >= 0 && place >= 0 && owner == trip.me) {
-    const int row = args.row_CK[(args.base_R1[trip.me] + place) * args.slots + lane];
-    if (row >= 0 && row < args.num_rows) value = args.probs_N[row];
-  } else if (owner >= 0 && place >= 0) {
-    value = __int_as_float(__ldcg(trip.words(trip.me, owner) + place * args.slots + lane));
+    const EpTrip& trip, const PartialArgs& args, const HomeArgs& home, int64_t first, int64_t end) {
+  const int per_rank = args.num_experts / trip.ranks, own_base = args.base_R1[trip.me];
+  for (int i = threadIdx.x % kTeam; i < static_cast<int>(end - first) * args.slots; i += kTeam) {
+    const int64_t token = first + i / args.slots, k = i % args.slots;
+    const int id = home.ids_TK[token * args.slots + k];
+    const int owner = id >= 0 && id < args.num_experts ? id / per_rank : -1;
+    const int64_t place = owner >= 0 ? home.position_TR[token * trip.ranks + owner] : -1;
+    float value = 0.0f;
+    if (place >= 0 && owner == trip.me) {
+      const int row = args.row_CK[(own_base + place) * args.slots + k];
+      if (row >= 0 && row < args.num_rows) value = args.probs_N[row];
+    } else if (place >= 0) {
+      value = __int_as_float(__ldcg(trip.words(trip.me, owner) + place * args.slots + k));
+    }
+    home.d_weights_TK[token * args.slots + k] = value;
   }
-  home.d_weights_TK[t * args.slots + lane] = value;
 }
 
-// A warp takes a part of a token at a time; where the next ones' rows lie is read ahead.
 template <typename T, int kBlocks, int kRanks>
 __global__ void __launch_bounds__(kMostTeams* kTeam, 2) ep_home_kernel(EpTrip trip, PartialArgs args, HomeArgs home) {
   extern __shared__ __align__(16) unsigned char rings[];
   constexpr int V = 16 / sizeof(T);
   __shared__ int32_t counts[kMostRanks];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  unsigned char* ring = rings + warp * kRingBytes;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x % kTeam / kWarp;
+  unsigned char* ring = rings + threadIdx.x / kWarp * kRingBytes;
   const uint64_t until = now_ns() + trip.deadline_ns;
   bool ok = wait_headers(trip, until, counts);
   const uint32_t epoch = trip.epoch(kReceived) + 1;
-  const int pieces = ceil_div(args.hidden, V * kWarp), own_base = args.base_R1[trip.me];
-  const int64_t items = home.tokens * home.parts, step = static_cast<int64_t>(gridDim.x) * (blockDim.x / kWarp);
-  const auto read_places = [&](int64_t item) {
-    return item < items && lane < trip.ranks ? home.position_TR[item / home.parts * trip.ranks + lane] : -1;
-  };
-  const auto read_own = [&](int places) {
-    const int place = __shfl_sync(0xffffffffu, places, trip.me);
-    return read_slots(args, place < 0 ? -1 : static_cast<int64_t>(own_base) + place);
-  };
-  int64_t item = static_cast<int64_t>(warp) * gridDim.x + blockIdx.x;
-  int places = read_places(item), next_places = read_places(item + step);
-  RawSlots raw = read_own(places);
-  for (; ok && item < items; item += step) {
-    const RawSlots next_raw = read_own(next_places);
-    const int last_places = read_places(item + 2 * step);
-    ok = wait_rows(trip, places, epoch, until);
+  const int pieces = ceil_div(args.hidden, V * kWarp), parts = kTeamWarps / home.group;
+  const int begin = pieces * (warp % parts) / parts, stop = pieces * (warp % parts + 1) / parts;
+  const int64_t each = static_cast<int64_t>(gridDim.x) * home.group;
+  for (int64_t first = team_index() * each + static_cast<int64_t>(blockIdx.x) * home.group; ok && first < home.tokens;
+       first += team_count() * each) {
+    const int64_t end = min(first + home.group, home.tokens), t = first + warp / parts;
+    ok = wait_tokens(trip, home, first, end, epoch, until);
     if (!ok) break;
-    const int64_t t = item / home.parts;
-    const int part = static_cast<int>(item - t * home.parts);
-    const int begin = pieces * part / home.parts, stop = pieces * (part + 1) / home.parts;
-    const HomeRow row(trip, args, home, t, places, raw, sizeof(T));
-    const BlockEnds<kBlocks> blocks(row.own);
-    RowStream stream(ring, row.row, row.count, args.hidden * static_cast<int>(sizeof(T)), begin, stop);
-    for (int piece = begin; piece < stop; ++piece) {
-      const int d = (piece * kWarp + lane) * V;
-      float sum[V];
-      sum_token<T, V, kBlocks, kRanks>(trip, args, home, row, stream, blocks, t, d, sum);
-      if (d < args.hidden) store_wire<V>(home.out_TD, home.out_dtype, t * args.hidden + d, sum);
+    if (t < end && begin < stop) {
+      const HomeRow row(trip, args, home, t, sizeof(T));
+      const BlockEnds<kBlocks> blocks(row.own);
+      RowStream stream(ring, row.row, row.count, args.hidden * static_cast<int>(sizeof(T)), begin, stop);
+      for (int piece = begin; piece < stop; ++piece) {
+        const int d = (piece * kWarp + lane) * V;
+        float sum[V];
+        sum_token<T, V, kBlocks, kRanks>(trip, args, home, row, stream, blocks, t, d, sum);
+        if (d < args.hidden) store_wire<V>(home.out_TD, home.out_dtype, t * args.hidden + d, sum);
+      }
     }
-    if (home.d_weights_TK != nullptr && part == 0) take_home_probs(trip, args, home, t, places);
-    raw = next_raw, places = next_places, next_places = last_places;
+    if (home.d_weights_TK != nullptr) take_home_probs(trip, args, home, first, end);
   }
-  if (!__syncthreads_and(ok)) {
+  ok = __syncthreads_and(ok);  // the teams meet again
+  if (!ok) {
     poison(home.out_TD, home.tokens * args.hidden * (home.out_dtype == kWireFloat ? 4 : 2));
     if (home.d_weights_TK != nullptr) poison(home.d_weights_TK, home.tokens * args.slots * 4);
     return;
@@ -236,17 +229,16 @@ std::tuple<Tensor, Tensor> ep_home(
     home.add_TD = add->const_data_ptr();
     home.add_dtype = dtype_code(*add);
   }
-  // Small parts: after the last chunk has arrived, what the warps still have in hand is what remains to be done.
+  // Small groups: after the last chunk has arrived, what the teams still have in hand is what remains to be done.
   const int64_t most = sm_count(state.get_device_index());
   const int teams = choose_teams(state.get_device_index());
-  home.parts = 1;
-  while (home.parts < kTeamWarps && T * home.parts < 6 * most * teams * kTeamWarps) home.parts *= 2;
-  const int64_t blocks = ceil_div<int64_t>(T * home.parts, teams * kTeamWarps);
-  const int grid = static_cast<int>(blocks < 1 ? 1 : blocks < most ? blocks : most);
+  home.group = kTeamWarps;
+  while (home.group > 1 && ceil_div<int64_t>(T, home.group) < 4 * most * teams) home.group /= 2;
+  const int64_t groups = ceil_div<int64_t>(T, home.group);
+  const int grid = static_cast<int>(groups < 1 ? 1 : groups < most ? groups : most);
   const cudaStream_t stream = current_stream(state);
   const auto run = [&](auto kernel) {
-    allow_shared_memory(kernel, teams * kTeamShared);
-    prefer_shared_memory(kernel);
+    allow_rings(kernel, teams);
     kernel<<<grid, teams * kTeam, teams * kTeamShared, stream>>>(trip, args, home);
   };
   dispatch_float(rows.scalar_type(), "rows", [&](auto zero) {

@@ -10,7 +10,7 @@
 namespace moe_layer {
 namespace {
 
-constexpr int kMostWarps = 4, kMostBlocks = 64;
+constexpr int kMostWarps = 16, kMostBlocks = 64;
 constexpr int kBatch = 4;                   // ids that a thread reads at once: one by one their latencies add up
 constexpr int64_t kMaxShared = 160 * 1024;  // sm_80 allows 163 KiB
 

@@ -1,9 +1,8 @@
 // Send rows of a list to each rank: words first, then rows in flagged chunks. Twin of ep_push in moe_layer/ops/ep.py.
 //
-// Each block takes chunks, the peers in turn; a warp copies a row by bulk copies through shared memory (or, before Hopper
-// and for odd widths, with eight loads a lane in flight), or encodes it on the way.
+// Each block takes chunks, the peers in turn; a warp copies a row with eight 16-byte loads a lane in flight, or encodes it
+// on the way. (Bulk copies through shared memory, 16 to 32 blocks with 64 to 128 KiB each, were slower on two H200s.)
 
-#include "bulk.cuh"
 #include "ep.cuh"
 #include "ep_fp8.cuh"
 
@@ -12,7 +11,7 @@ namespace {
 
 // To encode takes longer than to copy, and half of a multiprocessor's registers instead of a quarter.
 constexpr int kAhead = 8, kCopyThreads = 256, kEncodeThreads = 512;
-constexpr int kBulkBlocks = 16, kCopyBlocks = 64, kEncodeBlocks = 128;  // where the caller has no wish
+constexpr int kCopyBlocks = 64, kEncodeBlocks = 128;  // where the caller has no wish
 
 struct PushArgs {
   EpTrip trip;
@@ -48,58 +47,6 @@ __device__ __forceinline__ void send_fp8(const uint4* from, uint8_t* to, int64_t
       }
     }
   }
-}
-
-enum class Way { kCopy, kBulk, kEncode };
-
-// Of a warp: pieces of rows on their way, half of them being read, half being written.
-constexpr int kPieces = 8, kPieceBytes = 2048;
-constexpr int64_t kBulkShared = static_cast<int64_t>(kCopyThreads / kWarp) * kPieces * kPieceBytes;
-
-struct BulkRing {
-  unsigned char* pieces;
-  uint64_t* arrivals;   // one a piece
-  unsigned parity = 0;  // bit j: of the j-th arrival's next phase
-};
-
-// Copies rows first, first + step, ... below `end` of the list to their places, in one pipeline. The warp calls it.
-__device__ __forceinline__ void send_bulk(
-    const PushArgs& args, BulkRing& ring, const int32_t* tokens, uint8_t* target, int first, int end, int step) {
-#if __CUDA_ARCH__ >= 900
-  const int lane = threadIdx.x % kWarp, rows = first < end ? (end - first + step - 1) / step : 0;
-  const int per_row = ceil_div(static_cast<int>(args.row_bytes), kPieceBytes), count = rows * per_row;
-  const int mine = lane < rows ? tokens[first + lane * step] : -1;
-  // Bytes of the k-th piece, of which row and where in it; 0 where the list names no row.
-  const auto piece = [&](int k, int& token, int& offset) {
-    token = __shfl_sync(0xffffffffu, mine, k / per_row);
-    offset = k % per_row * kPieceBytes;
-    return token >= 0 && token < args.num_rows ? min(kPieceBytes, static_cast<int>(args.row_bytes) - offset) : 0;
-  };
-  for (int k = 0; k < count + kPieces / 2; ++k) {
-    int token, offset;
-    if (k < count) {
-      const int bytes = piece(k, token, offset), place = k % kPieces;
-      if (lane == 0 && bytes > 0) {
-        bulk_wait_read<kPieces / 2 - 1>();  // the store that had this place
-        const uint8_t* from = static_cast<const uint8_t*>(args.rows) + token * args.row_bytes + offset;
-        bulk_load(ring.pieces + place * kPieceBytes, from, bytes, ring.arrivals + place);
-      }
-    }
-    const int done = k - kPieces / 2;
-    if (done >= 0) {
-      const int bytes = piece(done, token, offset), place = done % kPieces;
-      if (lane == 0) {
-        if (bytes > 0) {
-          arrival_wait(ring.arrivals + place, ring.parity >> place & 1);
-          ring.parity ^= 1u << place;
-        }
-        uint8_t* to = target + static_cast<int64_t>(first + done / per_row * step) * args.trip.width + offset;
-        bulk_store(to, ring.pieces + place * kPieceBytes, bytes);
-      }
-    }
-  }
-  if (lane == 0) bulk_wait_written();
-#endif
 }
 
 // The rows for each peer. A list longer than the window would overwrite the next region: it is cut, and the count says so
@@ -164,10 +111,9 @@ __global__ void __launch_bounds__(kCopyThreads) ep_words_kernel(PushArgs args) {
   }
 }
 
-template <typename Unit, Way kWay>
-__global__ void __launch_bounds__(kWay == Way::kEncode ? kEncodeThreads : kCopyThreads, kWay == Way::kEncode ? 2 : 4)
-    ep_push_kernel(PushArgs args) {
-  constexpr int kThreads = kWay == Way::kEncode ? kEncodeThreads : kCopyThreads;
+template <typename Unit, bool kFp8>
+__global__ void __launch_bounds__(kFp8 ? kEncodeThreads : kCopyThreads, kFp8 ? 2 : 4) ep_push_kernel(PushArgs args) {
+  constexpr int kThreads = kFp8 ? kEncodeThreads : kCopyThreads;
   const EpTrip& trip = args.trip;
   __shared__ int32_t counts[kMostRanks], arrived[kArrivals];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -179,19 +125,6 @@ __global__ void __launch_bounds__(kWay == Way::kEncode ? kEncodeThreads : kCopyT
     write_headers(trip, epoch, threadIdx.x, counts[threadIdx.x]);
   }
 
-  BulkRing ring{};
-  if constexpr (kWay == Way::kBulk) {
-#if __CUDA_ARCH__ >= 900
-    extern __shared__ __align__(128) unsigned char pieces[];
-    __shared__ uint64_t arrivals[kThreads / kWarp * kPieces];
-    ring.pieces = pieces + warp * kPieces * kPieceBytes;
-    ring.arrivals = arrivals + warp * kPieces;
-    if (lane == 0) {
-      for (int j = 0; j < kPieces; ++j) arrival_init(ring.arrivals + j);
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-#endif
-  }
   const int64_t per_row = args.row_bytes / static_cast<int64_t>(sizeof(Unit));
   const Unit* source = static_cast<const Unit*>(args.rows);
   int most = 0, sent = 0;
@@ -208,12 +141,11 @@ __global__ void __launch_bounds__(kWay == Way::kEncode ? kEncodeThreads : kCopyT
     const int end = min(first + trip.chunk_rows, counts[peer]);
     uint8_t* target = trip.rows(peer, trip.me);
     const int32_t* tokens = args.tokens_RS + static_cast<int64_t>(peer) * args.list;
-    if constexpr (kWay == Way::kBulk) send_bulk(args, ring, tokens, target, first + warp, end, kThreads / kWarp);
-    for (int i = first + warp; kWay != Way::kBulk && i < end; i += kThreads / kWarp) {
+    for (int i = first + warp; i < end; i += kThreads / kWarp) {
       const int32_t token = tokens[i];
       if (token < 0 || token >= args.num_rows) continue;
       const Unit* from = source + token * per_row;
-      if constexpr (kWay == Way::kEncode) {
+      if constexpr (kFp8) {
         send_fp8(from, target + i * trip.width, per_row);
         continue;
       }
@@ -294,7 +226,6 @@ void ep_push(
   const cudaStream_t stream = current_stream(state);
   const int device = state.get_device_index();
   const bool wide = args.trip.width % 16 == 0 && reinterpret_cast<uintptr_t>(args.rows) % 16 == 0;
-  const bool bulk = wide && has_bulk_copies(device, kBulkShared + 96 * 1024);  // and a block of ep_home beside it
   if (args.meta0 != nullptr) {
     const int64_t wanted = ceil_div<int64_t>(args.list, kCopyThreads / kWarp * kAhead);
     const int64_t most = blocks > 0 ? blocks : sm_count(device);
@@ -306,17 +237,13 @@ void ep_push(
         kCopyThreads, 0, stream>>>(args);
     MOE_LAUNCH_CHECK();
   }
-  const int grid = blocks > 0 ? to_int32(blocks, "blocks") : fp8 ? kEncodeBlocks : bulk ? kBulkBlocks : kCopyBlocks;
+  const int grid = blocks > 0 ? to_int32(blocks, "blocks") : fp8 ? kEncodeBlocks : kCopyBlocks;
   if (fp8) {
-    ep_push_kernel<uint4, Way::kEncode><<<grid, kEncodeThreads, 0, stream>>>(args);
-  } else if (bulk) {
-    allow_shared_memory(ep_push_kernel<uint4, Way::kBulk>, kBulkShared);
-    prefer_shared_memory(ep_push_kernel<uint4, Way::kBulk>);
-    ep_push_kernel<uint4, Way::kBulk><<<grid, kCopyThreads, kBulkShared, stream>>>(args);
+    ep_push_kernel<uint4, true><<<grid, kEncodeThreads, 0, stream>>>(args);
   } else if (wide) {
-    ep_push_kernel<uint4, Way::kCopy><<<grid, kCopyThreads, 0, stream>>>(args);
+    ep_push_kernel<uint4, false><<<grid, kCopyThreads, 0, stream>>>(args);
   } else {
-    ep_push_kernel<uint8_t, Way::kCopy><<<grid, kCopyThreads, 0, stream>>>(args);
+    ep_push_kernel<uint8_t, false><<<grid, kCopyThreads, 0, stream>>>(args);
   }
   MOE_LAUNCH_CHECK();
 }

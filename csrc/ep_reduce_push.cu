@@ -55,14 +55,12 @@ __global__ void __launch_bounds__(kMostTeams* kTeam, 2) ep_reduce_push_kernel(Ep
   constexpr int V = 16 / sizeof(T);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x % kTeam / kWarp;
   unsigned char* ring = rings + threadIdx.x / kWarp * kRingBytes;
-  __shared__ int32_t arrived[kMostTeams][kArrivals];
-  if (threadIdx.x < kMostTeams * kArrivals) arrived[threadIdx.x / kArrivals][threadIdx.x % kArrivals] = 0;
   if (!wait_credits(trip, now_ns() + trip.deadline_ns)) return;
   const uint32_t epoch = trip.epoch(kSent) + 1;
   if (blockIdx.x == 0 && threadIdx.x < trip.ranks) {
     write_headers(trip, epoch, threadIdx.x, args.base_R1[threadIdx.x + 1] - args.base_R1[threadIdx.x]);
   }
-  int most = 0, sent = 0;
+  int most = 0;
   for (int r = 0; r < trip.ranks; ++r) {
     if (r != trip.me) most = max(most, args.base_R1[r + 1] - args.base_R1[r]);
   }
@@ -70,20 +68,8 @@ __global__ void __launch_bounds__(kMostTeams* kTeam, 2) ep_reduce_push_kernel(Ep
   const int64_t row_bytes = args.hidden * static_cast<int64_t>(sizeof(T));
   const int pieces = ceil_div(args.hidden, V * kWarp), parts = max(1, kTeamWarps / trip.chunk_rows);
   const int64_t items = static_cast<int64_t>(ceil_div(most, trip.chunk_rows)) * (trip.ranks - 1);
-  const int64_t step = team_count() * static_cast<int64_t>(gridDim.x);
-  // The row of this warp's first item in a chunk; its slots are read a chunk ahead.
-  const auto first_row = [&](int64_t q) -> int64_t {
-    int peer;
-    int64_t chunk;
-    nth_chunk(trip, q, peer, chunk);
-    const int64_t row = chunk * trip.chunk_rows + warp / parts;
-    return q < items && row < args.base_R1[peer + 1] - args.base_R1[peer] ? args.base_R1[peer] + row : -1;
-  };
-  int64_t q = team_index() * static_cast<int64_t>(gridDim.x) + blockIdx.x;
-  RawSlots ahead = read_slots(args, first_row(q));
-  for (; q < items; q += step) {
-    const RawSlots now = ahead;
-    ahead = read_slots(args, first_row(q + step));
+  for (int64_t q = team_index() * static_cast<int64_t>(gridDim.x) + blockIdx.x; q < items;
+       q += team_count() * gridDim.x) {
     int peer;
     int64_t chunk;
     nth_chunk(trip, q, peer, chunk);
@@ -95,13 +81,8 @@ __global__ void __launch_bounds__(kMostTeams* kTeam, 2) ep_reduce_push_kernel(Ep
     for (int item = warp; item < rows * parts; item += kTeamWarps) {
       const int j = first + item / parts, part = item % parts;
       const int begin = pieces * part / parts, end = pieces * (part + 1) / parts;
-      if (args.probs_N != nullptr && part == 0 && lane < args.slots) {
-        const int row = args.row_CK[static_cast<int64_t>(base + j) * args.slots + lane];
-        reinterpret_cast<float*>(trip.words(peer, trip.me))[static_cast<int64_t>(j) * args.slots + lane] =
-            row >= 0 && row < args.num_rows ? args.probs_N[row] : 0.0f;
-      }
       if (begin == end) continue;
-      const SlotList list = list_slots(args, item == warp ? now : read_slots(args, base + j));
+      const SlotList list = list_slots(args, base + j);
       const BlockEnds<kBlocks> blocks(list);
       RowStream stream(ring, list.address(args, row_bytes), list.count, static_cast<int>(row_bytes), begin, end);
       uint8_t* to = trip.rows(peer, trip.me) + j * trip.width;
@@ -112,7 +93,16 @@ __global__ void __launch_bounds__(kMostTeams* kTeam, 2) ep_reduce_push_kernel(Ep
         if (d < args.hidden) store_wire<V>(to, args.wire, d, sum);
       }
     }
-    finish_chunk(trip, arrived[team_index()], sent++, kTeamWarps, peer, chunk, epoch);
+    if (args.probs_N != nullptr) {
+      float* words = reinterpret_cast<float*>(trip.words(peer, trip.me));
+      for (int i = threadIdx.x % kTeam; i < rows * args.slots; i += kTeam) {
+        const int64_t at = static_cast<int64_t>(first) * args.slots + i;
+        const int row = args.row_CK[static_cast<int64_t>(base) * args.slots + at];
+        words[at] = row >= 0 && row < args.num_rows ? args.probs_N[row] : 0.0f;
+      }
+    }
+    team_sync();
+    if (threadIdx.x % kTeam == 0) publish(trip, peer, chunk, epoch);
   }
   if (last_block(trip, kSendTicket, gridDim.x) && threadIdx.x == 0) {
     trip.state[trip.counters + kSent] = static_cast<int32_t>(epoch);
@@ -131,8 +121,7 @@ void ep_reduce_push(
   const int grid = to_int32(blocks, "blocks"), teams = choose_teams(state.get_device_index());
   dispatch_partial(rows.scalar_type(), args, [&](auto zero, auto blocks_c) {
     const auto kernel = ep_reduce_push_kernel<decltype(zero), blocks_c.value>;
-    allow_shared_memory(kernel, teams * kTeamShared);
-    prefer_shared_memory(kernel);
+    allow_rings(kernel, teams);
     kernel<<<grid, teams * kTeam, teams * kTeamShared, stream>>>(trip, args);
   });
   MOE_LAUNCH_CHECK();
