@@ -183,9 +183,32 @@ __device__ __forceinline__ void dense_softmax(
   for (int i = 0; i < C * 8; ++i) e[i] = fmaf(e[i], z - rest, g[i]);
 }
 
+// Sigmoid scores and z: one exponential an expert, and all sums at once. Returns false, with x as it was, if a sum of exponentials
+// without a maximum leaves the range of fp32 in a row of the warp.
+template <int L, int C>
+__device__ __forceinline__ bool dense_sigmoid_and_z(const Backward& p, const Row& at, float (&x)[C * 8]) {
+  float g[C * 8], e[C * 8], y[C * 8], sum[2] = {0.0f, 0.0f}, scores[2] = {0.0f, 0.0f}, dot[2] = {0.0f, 0.0f};
+  score_gradient<L, C>(p, at, g);
+#pragma unroll
+  for (int i = 0; i < C * 8; ++i) {
+    e[i] = exp_compensated(x[i]);
+    y[i] = e[i] * reciprocal(1.0f + e[i]);
+    sum[i % 2] += e[i], scores[i % 2] += y[i], dot[i % 2] = fmaf(g[i], y[i], dot[i % 2]);
+  }
+  const float total = row_sum<L>(sum[0] + sum[1]);
+  const float inverse = 1.0f / (row_sum<L>(scores[0] + scores[1]) + kEps),
+              shift = row_sum<L>(dot[0] + dot[1]) * inverse;
+  if (!__all_sync(kFull, !at.live || (total > 1e-30f && total < 1e30f))) return false;
+  const float z = 2.0f * load_float(p.d_z, 0) * logf(total) * reciprocal(total);
+#pragma unroll
+  for (int i = 0; i < C * 8; ++i) x[i] = fmaf((g[i] - shift) * inverse, y[i] * (1.0f - y[i]), z * e[i]);
+  return true;
+}
+
 // The same for sigmoid and sqrtsoftplus scores, in place of the logits.
 template <int L, int C>
 __device__ __forceinline__ void dense_score(const Backward& p, const Row& at, bool scores, float (&x)[C * 8]) {
+  if (scores && p.d_z.data != nullptr && p.score == kSigmoid && dense_sigmoid_and_z<L, C>(p, at, x)) return;
   float out[C * 8];
 #pragma unroll
   for (int i = 0; i < C * 8; ++i) out[i] = 0.0f;
@@ -233,6 +256,9 @@ __global__ void __launch_bounds__(
   const bool slots = p.d_weights.data != nullptr || p.d_probs.data != nullptr;
   const bool scores = p.d_score_sum.data != nullptr || p.d_scores.data != nullptr;
   const int64_t tiles = ceil_div<int64_t>(p.tokens, kRows);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();  // launched beside the kernel before it in the stream
+#endif
 
   for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kWarps + warp; tile < tiles;
        tile += static_cast<int64_t>(gridDim.x) * kWarps) {
@@ -291,8 +317,7 @@ void launch(const Backward& args, int sms, cudaStream_t stream) {
   allow_shared_memory(kernel, bytes);
   const int64_t needed = ceil_div<int64_t>(ceil_div<int64_t>(args.tokens, kRows), kWarps);
   const int64_t most = 8ll * sms;
-  kernel<<<static_cast<int>(needed < most ? needed : most), kThreads, bytes, stream>>>(args);
-  MOE_LAUNCH_CHECK();
+  launch_beside(kernel, static_cast<int>(needed < most ? needed : most), kThreads, bytes, stream, args);
 }
 
 }  // namespace

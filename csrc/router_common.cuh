@@ -21,7 +21,7 @@ enum Int : int { kU8, kI8, kI16, kI32, kI64 };
 constexpr unsigned kFull = 0xffffffffu;
 constexpr float kEps = 1e-20f;
 constexpr float kBrokenKey = -1e30f;  // what a group's sum counts for a key that is not finite (route_topk_ref.py)
-constexpr float kPad = -3.0e38f;      // an expert that does not exist: finite, exp and score 0
+constexpr float kPad = -2.0e38f;      // an expert that does not exist: finite, also times log2(e); exp and score 0
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr unsigned long long kPoison = 1ull
                                        << 63;  // a NaN among the addends of a fixed-point sum; sums stay below 2^62
@@ -181,12 +181,8 @@ __device__ __forceinline__ void load_vectors(
   }
 }
 
-// Asks for [begin, end) to be brought to the L2, a line a lane, and waits for nothing.
-__device__ __forceinline__ void prefetch_bytes(const void* begin, int64_t bytes) {
-  for (int64_t b = threadIdx.x % kWarp * 128; b < bytes; b += kWarp * 128) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(begin) + b));
-  }
-}
+// Asks for the line to be brought to the L2 and waits for nothing.
+__device__ __forceinline__ void prefetch_line(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 // Any E and any alignment: one element at a time.
 template <typename T, int L, int C>
@@ -228,6 +224,13 @@ __device__ __forceinline__ float exp2_fast(float v) {
 
 // exp(x - max) for x up to max. The difference is taken first: x * log2(e) - max * log2(e) would be off by 2^16 for logits of 1e12.
 __device__ __forceinline__ float exp_above_fast(float x, float max) { return exp2_fast((x - max) * kLog2e); }
+
+// exp(x) to a few ulp: the product with log2(e) is rounded, and what it loses is put back to first order.
+__device__ __forceinline__ float exp_compensated(float x) {
+  const float t = x * kLog2e, lost = fmaf(x, kLog2e, -t);
+  const float e = exp2_fast(t);
+  return fmaf(e, lost * 0.6931471805599453f, e);
+}
 
 __device__ __forceinline__ float reciprocal(float v) {
   float out;

@@ -242,7 +242,11 @@ Outputs forward(
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   const bool overlap = major >= 9;
   if (lean) {
-    (keyed ? launch_lean_keyed : launch_lean_plain)(p, sms, stream);
+    if (p.logits.kind == kF32) {
+      (keyed ? launch_lean_keyed<true> : launch_lean_plain<true>)(p, sms, stream);
+    } else {
+      (keyed ? launch_lean_keyed<false> : launch_lean_plain<false>)(p, sms, stream);
+    }
     launch_finish(p, lean_blocks(p, sms), stream);
     return {weights, ids, counts, aux, score_sum, z_sum, events, probs, scores, map};
   }

@@ -16,33 +16,78 @@ namespace moe_layer::router {
 template <int L, int C, int THREADS>
 __device__ __forceinline__ void store_score_sums(
     const Forward& p, const float (&sums)[C * 8], float* terms, float* target) {
-  constexpr int kBucket = Layout<L, C>::kBucket, kTerms = THREADS / L, kRuns = THREADS / kBucket;
-  const int lane = threadIdx.x % kWarp, gl = lane % L, term = threadIdx.x / L;
-  float4* mine = reinterpret_cast<float4*>(terms + term * kBucket);
+  constexpr int kBucket = Layout<L, C>::kBucket, kWarps = THREADS / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  float all[C * 8];
 #pragma unroll
-  for (int c = 0; c < C; ++c) {
-    const int at = Layout<L, C>::first(c, gl) / 4;
-    mine[at] = make_float4(sums[8 * c], sums[8 * c + 1], sums[8 * c + 2], sums[8 * c + 3]);
-    mine[at + 1] = make_float4(sums[8 * c + 4], sums[8 * c + 5], sums[8 * c + 6], sums[8 * c + 7]);
+  for (int i = 0; i < C * 8; ++i) {
+    all[i] = sums[i];
+#pragma unroll
+    for (int o = L; o < kWarp; o <<= 1) all[i] += __shfl_xor_sync(kFull, all[i], o);
+  }
+  if (lane < L) {
+    float4* mine = reinterpret_cast<float4*>(terms + threadIdx.x / kWarp * kBucket);
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      const int at = Layout<L, C>::first(c, lane) / 4;
+      mine[at] = make_float4(all[8 * c], all[8 * c + 1], all[8 * c + 2], all[8 * c + 3]);
+      mine[at + 1] = make_float4(all[8 * c + 4], all[8 * c + 5], all[8 * c + 6], all[8 * c + 7]);
+    }
   }
   __syncthreads();
-  const int e = threadIdx.x % kBucket, run = threadIdx.x / kBucket;
-  float total = 0.0f;
-  if (run < kRuns) {
-#pragma unroll 8
-    for (int t = run; t < kTerms; t += kRuns) total += terms[t * kBucket + e];
-  }
-  float* totals = terms + kTerms * kBucket;
-  totals[threadIdx.x] = total;
-  __syncthreads();
-  if (threadIdx.x >= p.experts) return;
-  total = totals[threadIdx.x];
 #pragma unroll 1
-  for (int r = 1; r < kRuns; ++r) total += totals[r * kBucket + threadIdx.x];
-  target[threadIdx.x] = total;
+  for (int e = threadIdx.x; e < p.experts; e += THREADS) {
+    float total[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) total[w % 2] += terms[w * kBucket + e];
+    target[e] = total[0] + total[1];
+  }
 }
 
-template <int L, int C, int MODE, int THREADS>
+// Weights of a tile's experts and what is written with them, one lane a (row, slot), where all rows are valid and all ids are chosen, or
+// all are forced. The general case is in the kernel, in more instructions.
+template <int L, int C, int MODE, bool WIDE>
+__device__ __forceinline__ void weigh_tile(
+    const Forward& p, const LeanShape& shape, int64_t first_row, const uint32_t* chosen, const int* forced,
+    const uint32_t* unbiased, const float* stats, int32_t* hist, int32_t* hist_aux) {
+  constexpr uint32_t kIdMask = Layout<L, C>::kIdMask;
+  const int lane = threadIdx.x % kWarp, slot = lane & (shape.slot_lanes - 1);
+  const int64_t left = p.tokens - first_row, out = first_row * p.top_k;
+  const int rows = left < shape.rows ? static_cast<int>(left) : shape.rows;
+  const FloatArray logits = {
+      static_cast<const char*>(p.logits.data) + first_row * p.experts * (WIDE ? 4 : 2), p.logits.kind};
+#pragma unroll 1
+  for (int first = 0; first < rows; first += kWarp >> shape.slot_shift) {
+    const int at = first + (lane >> shape.slot_shift), index = at * p.top_k + slot;
+    const bool inside = at < rows && slot < p.top_k;
+    const int id = !inside ? 0 : forced != nullptr ? forced[index] : static_cast<int>(chosen[index] & kIdMask);
+    const float x = inside ? load_logit<WIDE>(logits, at * p.experts + id) : kPad;
+    float y;
+    if (MODE == kSoftmaxPlain && p.weight_rule == kOverChosen) {
+      float top = x;
+      for (int o = shape.slot_lanes / 2; o > 0; o >>= 1) top = fmaxf(top, __shfl_xor_sync(kFull, top, o));
+      y = expf(x - top);
+    } else if (MODE == kSoftmaxPlain) {
+      y = inside ? expf(x - stats[2 * at]) * stats[2 * at + 1] : 0.0f;
+    } else {
+      y = sigmoid(x);
+    }
+    y = inside ? y : 0.0f;
+    if (p.weight_rule == kOverChosen || p.weight_rule == kScoreNormalised) {
+      float sum = y;
+      for (int o = shape.slot_lanes / 2; o > 0; o >>= 1) sum += __shfl_xor_sync(kFull, sum, o);
+      y = __fdividef(y, p.weight_rule == kOverChosen ? sum : sum + kEps);
+    }
+    if (!inside) continue;
+    static_cast<float*>(p.weights)[out + index] = y * p.scale;
+    p.ids[out + index] = id;
+    if (p.id_buffer != nullptr) store_int(p.id_buffer, p.id_buffer_kind, out + index, id);
+    atomicAdd(&hist[id], 1);
+    if (p.live_apart) atomicAdd(&hist_aux[unbiased[index] & kIdMask], 1);
+  }
+}
+
+template <int L, int C, int MODE, bool WIDE, int THREADS>
 __global__ void __launch_bounds__(THREADS, 1) lean_kernel(const __grid_constant__ Forward p, const LeanShape shape) {
   using Lay = Layout<L, C>;
   constexpr int kWarps = THREADS / kWarp;
@@ -66,8 +111,12 @@ __global__ void __launch_bounds__(THREADS, 1) lean_kernel(const __grid_constant_
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();  // router_finish.cu may get ready
 #endif
+#pragma unroll 1
   for (int e = threadIdx.x; e < p.experts; e += THREADS) hist[e] = 0, hist_aux[e] = 0;
   if (threadIdx.x < 6) events[threadIdx.x] = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();  // this kernel was launched beside the one before it in the stream
+#endif
   if constexpr (kKeyed) {
     for (int e = threadIdx.x; e < Lay::kBucket; e += THREADS) {
       bias[e] = p.bias.data != nullptr && e < p.experts ? load_float(p.bias, e) : 0.0f;
@@ -80,17 +129,25 @@ __global__ void __launch_bounds__(THREADS, 1) lean_kernel(const __grid_constant_
   for (int i = 0; i < C * 8; ++i) sums[i] = 0.0f;
   double z = 0.0;
   Replayed replayed;
-  const bool whole = kKeyed || p.logits.kind == kF32;
   const auto [begin, end] = tiles_of_block(p);
+  // A tile's rows are asked for while the warp works on the tile before: 4 KiB of logits, a line a lane, and the forced ids.
+  auto prefetch = [&](int64_t tile) {
+    const int row_bytes = p.experts * (WIDE ? 4 : 2), id_shift = p.replay.kind > 0 ? p.replay.kind - 1 : 0;
+    const int64_t first_row = tile * shape.rows, at = first_row * row_bytes + 128 * lane;
+    if (tile >= end || 128 * lane >= shape.rows * row_bytes || at >= p.tokens * row_bytes) return;
+    prefetch_line(static_cast<const char*>(p.logits.data) + at);
+    if (p.replay.data == nullptr) return;
+    const int64_t id_at = (first_row * p.top_k << id_shift) + 128 * lane;  // bytes: 1 of kU8 and kI8, then doubled
+    if (128 * lane < shape.rows * p.top_k << id_shift && id_at < p.tokens * p.top_k << id_shift)
+      prefetch_line(static_cast<const char*>(p.replay.data) + id_at);
+  };
+  prefetch(begin + warp);
   for (int64_t tile = begin + warp; tile < end; tile += kWarps) {
     const int64_t first_row = tile * shape.rows;
+    prefetch(tile + kWarps);
     // With forced ids the selection serves the slots that are missing, and without bias and groups the aux loss.
     bool fill = true, wanted = true;
     if (p.replay.data != nullptr) {
-      // The forced ids decide what is done with the logits: both are fetched at once.
-      const int64_t row_bytes = static_cast<int64_t>(p.experts) * (p.logits.kind == kF32 ? 4 : 2);
-      const int64_t rows = p.tokens - first_row < shape.rows ? p.tokens - first_row : shape.rows;
-      prefetch_bytes(static_cast<const char*>(p.logits.data) + first_row * row_bytes, rows * row_bytes);
       fill = read_forced(p, shape, first_row, forced, replayed, events);
       wanted = fill || (!kKeyed && p.live_apart);
     }
@@ -99,7 +156,7 @@ __global__ void __launch_bounds__(THREADS, 1) lean_kernel(const __grid_constant_
       const int64_t row = first_row + at;
       const bool live = row < p.tokens && (p.valid == nullptr || p.valid[row]);
       float x[C * 8];
-      load_aligned<L, C>(p.logits, row, live, p.experts, gl, kPad, x);
+      load_aligned<L, C, WIDE>(p.logits, row, live, p.experts, gl, kPad, x);
       const uint32_t bad = bad_bits(x);
       const unsigned bad_lanes = __ballot_sync(kFull, bad != 0);
       bool row_nan = false;
@@ -116,9 +173,21 @@ __global__ void __launch_bounds__(THREADS, 1) lean_kernel(const __grid_constant_
       }
 
       uint32_t v[C * 8];
-      if (!kKeyed && wanted) pack_logits_lean<L, C>(p, x, bad, gl, v);
       RowStats s;
-      scores_in_place_lean<L, C, kSoft>(p, x, s);
+      const bool known = !kKeyed && wanted && bad_lanes == 0;  // the best packed key holds the row's maximum
+      if (!kKeyed && wanted) {
+        s.max = pack_logits_lean<L, C, WIDE>(p, x, bad, gl, v);
+        const uint32_t best = row_min<L>(min_of<C * 8>(v));
+        // A key of 16 bits: zeros below it, which an inverted key of a positive number has as ones.
+        if (!WIDE) s.max = uninverted(static_cast<int32_t>(best) < 0 ? best & ~Lay::kIdMask : best | Lay::kIdMask);
+        select_rows<L, C>(v, best, p.top_k, gl, chosen + at * p.top_k);
+      }
+      bool scored = false;
+      if (!kSoft && p.need_scores && p.want_z && bad_lanes == 0) {
+        scored = sigmoid_and_z<L, C>(live, x, s);
+        if (!scored) load_aligned<L, C, WIDE>(p.logits, row, live, p.experts, gl, kPad, x);
+      }
+      if (!scored) scores_in_place_lean<L, C, kSoft>(p, known, x, s);
       if (p.aux != kNoAux && live) {
 #pragma unroll
         for (int i = 0; i < C * 8; ++i) sums[i] = fmaf(x[i], s.inverse, sums[i]);
@@ -137,36 +206,43 @@ __global__ void __launch_bounds__(THREADS, 1) lean_kernel(const __grid_constant_
         pack_keys_lean<L, C>(p, x, bad, gl, memory, v);
       }
 
-      // Once for the ids, and under bias or groups once more for the experts that the aux loss counts. A loop, because twice the
+      // Under bias or groups: once for the ids, and once more for the experts that the aux loss counts. A loop, because twice the
       // code is twice the instructions to fetch.
-      bool first = wanted, second = kKeyed && p.live_apart;
+      bool first = kKeyed && wanted, second = kKeyed && p.live_apart;
 #pragma unroll 1
       while (first || second) {
         uint32_t* list_of_row = (first ? chosen : unbiased) + at * p.top_k;
         if (!first) {  // loaded again, from L1: 16 registers held through the selection above would cost warps
           second = false;
-          load_aligned<L, C>(p.logits, row, live, p.experts, gl, kPad, x);
-          pack_logits_lean<L, C>(p, x, bad, gl, v);
+          load_aligned<L, C, WIDE>(p.logits, row, live, p.experts, gl, kPad, x);
+          pack_logits_lean<L, C, WIDE>(p, x, bad, gl, v);
         }
         first = false;
-        select_rows<L, C>(v, p.top_k, gl, list_of_row);
+        select_rows<L, C>(v, row_min<L>(min_of<C * 8>(v)), p.top_k, gl, list_of_row);
       }
     }
     __syncwarp();
-    if (whole && wanted) settle_rows<L, C, kKeyed>(p, first_row, shape.rows, bias, kept, chosen);
-    if (kKeyed && p.live_apart && p.logits.kind == kF32) {
-      settle_rows<L, C, false>(p, first_row, shape.rows, nullptr, nullptr, unbiased);
+    if ((kKeyed || WIDE) && wanted) settle_rows<L, C, kKeyed, WIDE>(p, first_row, shape.rows, bias, kept, chosen);
+    if (kKeyed && WIDE && p.live_apart) {
+      settle_rows<L, C, false, WIDE>(p, first_row, shape.rows, nullptr, nullptr, unbiased);
     }
 
     // ---- weights: one lane a (row, slot)
-    for (int first = 0; first < shape.rows; first += kWarp / shape.slot_lanes) {
+    const bool replays = p.replay.data != nullptr;
+    if (p.valid == nullptr && p.recorded.data == nullptr && !(replays && fill)) {
+      weigh_tile<L, C, MODE, WIDE>(
+          p, shape, first_row, chosen, replays ? forced : nullptr, unbiased, stats, hist, hist_aux);
+      __syncwarp();  // the ids have been read before the next tile writes its own
+      continue;
+    }
+    for (int first = 0; first < shape.rows; first += kWarp >> shape.slot_shift) {
       const Slot at = slot_of_lane(p, shape, first_row, first);
       const int index = at.at * p.top_k + at.slot;
       int id = at.live && wanted ? static_cast<int>(chosen[index] & Lay::kIdMask) : -1;
       if (at.live && p.live_apart) atomicAdd(&hist_aux[unbiased[index] & Lay::kIdMask], 1);
       const int held = at.live && p.replay.data != nullptr ? forced[index] : -1;
       if (p.replay.data != nullptr) id = fill ? fill_slot(p, shape, at, held, id) : held;
-      const float x = at.live ? load_float(p.logits, at.row * p.experts + id) : kPad;
+      const float x = at.live ? load_logit<WIDE>(p.logits, at.row * p.experts + id) : kPad;
       float y;
       if (kSoft && p.weight_rule == kOverChosen) {
         float top = x;
@@ -203,52 +279,58 @@ __global__ void __launch_bounds__(THREADS, 1) lean_kernel(const __grid_constant_
   }
   __syncthreads();  // counts are complete, the warps' buffers are free
   const PartRow part = part_row(p, blockIdx.x);
+#pragma unroll 1
   for (int e = threadIdx.x; e < p.experts; e += THREADS) {
     part.counts[e] = hist[e];
     if (p.live_apart) part.aux_counts[e] = hist_aux[e];
   }
   if (threadIdx.x < 6) part.events[threadIdx.x] = events[threadIdx.x];
   if (threadIdx.x == THREADS - 1) {
-    double sum = 0.0;
-    for (int w = 0; w < kWarps; ++w) sum += z_warp[w];
-    *part.z = sum;
+    double sum[2] = {0.0, 0.0};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum[w % 2] += z_warp[w];
+    *part.z = sum[0] + sum[1];
   }
   if (p.aux != kNoAux) store_score_sums<L, C, THREADS>(p, sums, reinterpret_cast<float*>(shared), part.score_sum);
 }
 
-template <int L, int C, int MODE, int THREADS>
+template <int L, int C, int MODE, bool WIDE, int THREADS>
 void launch_lean(Forward args, int sms, cudaStream_t stream) {
   using Lay = Layout<L, C>;
   constexpr int kWarps = THREADS / kWarp;
-  LeanShape shape = {Lay::kRows, 1};
-  while (shape.slot_lanes < args.top_k) shape.slot_lanes *= 2;
+  LeanShape shape = {Lay::kRows, 1, 0};
+  while (shape.slot_lanes < args.top_k) shape.slot_lanes *= 2, ++shape.slot_shift;
   // Rows enough to keep the lanes of the weights busy, unless warps would stay without rows.
   const int together = kWarp / shape.slot_lanes < 8 ? kWarp / shape.slot_lanes : 8;
   if (together > shape.rows && args.tokens >= static_cast<int64_t>(together) * kWarps * sms / 2) shape.rows = together;
   args.warp_words = lean_words(args, shape, MODE == kSigmoidKeyed);
-  const int terms = THREADS * C * 8 + THREADS;  // store_score_sums
+  const int terms = kWarps * Lay::kBucket;  // store_score_sums
   args.block_words = round_up(args.warp_words * kWarps > terms ? args.warp_words * kWarps : terms, 4);
   const int64_t bytes =
       4ll * (args.block_words + (args.live_apart ? 2 : 1) * args.experts + (MODE == kSigmoidKeyed ? Lay::kBucket : 0));
-  auto kernel = lean_kernel<L, C, MODE, THREADS>;
+  auto kernel = lean_kernel<L, C, MODE, WIDE, THREADS>;
   allow_shared_memory(kernel, bytes);
   const int64_t tiles = ceil_div<int64_t>(args.tokens, shape.rows);
   const int blocks = lean_blocks(args, sms);
   cut_tiles(args, tiles, blocks);
-  kernel<<<blocks, THREADS, bytes, stream>>>(args, shape);
-  MOE_LAUNCH_CHECK();
+  launch_beside(kernel, blocks, THREADS, bytes, stream, args, shape);
 }
 
-template <int MODE>
+// Lanes of a row and chunks of a lane by size: the fewer lanes share a row, the fewer steps a selection takes, and more than 32 values
+// a lane do not fit the registers. 16 warps: 24 or 32 of them, or rows over more lanes, took as much time at 128 experts and up to 40%
+// more elsewhere (H200).
+template <int MODE, bool WIDE>
 void launch_lean_mode(const Forward& args, int sms, cudaStream_t stream) {
-  // 16 warps of 128 registers: 32 of 64 took 4% to 12% more time up to 256 experts and 2% less at 512 (H200).
   constexpr int kThreads = 512;
   const int experts = args.experts;
-  if (experts <= 64) return launch_lean<4, 2, MODE, kThreads>(args, sms, stream);
-  if (experts <= 128) return launch_lean<8, 2, MODE, kThreads>(args, sms, stream);
-  // 32 values a lane: the fewer lanes share a row, the fewer steps a selection takes. 64 would not fit the registers.
-  if (experts <= 256) return launch_lean<8, 4, MODE, kThreads>(args, sms, stream);
-  return launch_lean<16, 4, MODE, kThreads>(args, sms, stream);
+  if (experts == 8) return launch_lean<1, 1, MODE, WIDE, kThreads>(args, sms, stream);
+  if (experts <= 64) return launch_lean<4, 2, MODE, WIDE, kThreads>(args, sms, stream);
+  if (experts <= 128) return launch_lean<8, 2, MODE, WIDE, kThreads>(args, sms, stream);
+  // With fewer than 64 rows an SM, 4 rows a warp would leave warps idle.
+  if (experts <= 256 && args.tokens < 64ll * sms) return launch_lean<16, 2, MODE, WIDE, kThreads>(args, sms, stream);
+  if (experts <= 256) return launch_lean<8, 4, MODE, WIDE, kThreads>(args, sms, stream);
+  if (experts <= 384) return launch_lean<16, 3, MODE, WIDE, kThreads>(args, sms, stream);
+  return launch_lean<16, 4, MODE, WIDE, kThreads>(args, sms, stream);
 }
 
 }  // namespace moe_layer::router

@@ -15,6 +15,7 @@ enum Mode : int { kSoftmaxPlain, kSigmoidPlain, kSigmoidKeyed };
 struct LeanShape {
   int rows;        // rows of a tile
   int slot_lanes;  // W, the power of two that holds K: lanes of a row when a lane owns a slot
+  int slot_shift;  // log2(W): a division takes twenty instructions
 };
 
 // Shared memory of a warp, in words: ids, unbiased ids, forced ids, groups' sums and flags, softmax of "pre" weights.
@@ -25,8 +26,7 @@ __host__ __device__ inline int lean_words(const Forward& p, const LeanShape& t, 
 
 template <int L, int C>
 struct Packed : Layout<L, C> {
-  static constexpr int kBits = L * C == 8 ? 6 : L * C == 16 ? 7 : L * C == 32 ? 8 : L * C == 64 ? 9 : 0;
-  static_assert(1 << kBits == L * C * 8, "one id for every expert of the bucket");
+  static constexpr int kBits = Layout<L, C>::kIdBits;
   static constexpr uint32_t kBroken = (1u << (32 - kBits)) - 1;  // field of a key that is not finite
   static constexpr uint32_t kFar = kBroken - 1;
 };
@@ -44,28 +44,42 @@ __device__ __forceinline__ uint32_t row_min(uint32_t v) {
   }
 }
 
-// Smallest v that is at least `from`: v - from wraps above every v that is. The caller knows that there is one.
+// Smallest v that is at least `from`, all bits if there is none: v - from wraps above every v that is. The last test is left out
+// where a lane has more values than the 16 that can be taken from it.
 template <int N>
 __device__ __forceinline__ uint32_t min_from(const uint32_t (&v)[N], uint32_t from) {
   uint32_t best[4] = {~0u, ~0u, ~0u, ~0u};  // four chains: one of N dependent steps would be latency bound
 #pragma unroll
   for (int i = 0; i < N; ++i) best[i % 4] = __viaddmin_u32(v[i], 0u - from, best[i % 4]);
-  return min(min(best[0], best[1]), min(best[2], best[3])) + from;
+  const uint32_t found = __vimin3_u32(best[0], best[1], min(best[2], best[3])) + from;
+  if constexpr (N < 16) return found < from ? ~0u : found;
+  return found;
 }
 
-// The K best of this lane's row, best first, to chosen[0..K) in shared memory. K is at most the number of values of a lane, so
-// that min_from always finds one.
-template <int L, int C>
-__device__ __forceinline__ void select_rows(const uint32_t (&v)[C * 8], int top_k, int gl, uint32_t* chosen) {
-  uint32_t local = min_from(v, 0u);
-#pragma unroll 1
-  for (int round = 1; round < top_k; ++round, ++chosen) {
-    const uint32_t best = row_min<L>(local);
-    if (gl == 0) *chosen = best;
-    local = min_from(v, best + 1u);
+template <int N>
+__device__ __forceinline__ uint32_t min_of(const uint32_t* v) {
+  if constexpr (N == 8) {
+    return __vimin3_u32(__vimin3_u32(v[0], v[1], v[2]), __vimin3_u32(v[3], v[4], v[5]), min(v[6], v[7]));
+  } else {
+    return min(min_of<8>(v), min_of<N - 8>(v + 8));
   }
-  const uint32_t best = row_min<L>(local);
+}
+
+// The K best of this lane's row, best first, to chosen[0..K) in shared memory; `best` is the first of them.
+template <int L, int C>
+__device__ __forceinline__ void select_rows(
+    const uint32_t (&v)[C * 8], uint32_t best, int top_k, int gl, uint32_t* chosen) {
   if (gl == 0) *chosen = best;
+#pragma unroll 2
+  for (int round = 1; round < top_k; ++round) {
+    best = row_min<L>(min_from(v, best + 1u));
+    if (gl == 0) *++chosen = best;
+  }
+}
+
+// The fp32 number whose inverted key this is.
+__device__ __forceinline__ float uninverted(uint32_t key) {
+  return __uint_as_float(static_cast<int32_t>(key) < 0 ? key : ~key ^ 0x80000000u);
 }
 
 // What stands below the field in chunk c: the first id, or all bits if the chunk holds no expert that may be chosen.
@@ -92,9 +106,9 @@ __device__ __forceinline__ void pack_narrow(
   if (bad != 0) pack_broken<L, C>(bad, base, v);
 }
 
-// Whole fp32 keys, as the distance from the best one of the row.
+// Whole fp32 keys, as the distance from the best one of the row, which is returned.
 template <int L, int C>
-__device__ __forceinline__ void pack_whole(
+__device__ __forceinline__ float pack_whole(
     const float (&key)[C * 8], uint32_t bad, const uint32_t (&base)[C], uint32_t (&v)[C * 8]) {
   using Pack = Packed<L, C>;
 #pragma unroll
@@ -105,32 +119,54 @@ __device__ __forceinline__ void pack_whole(
   }
   uint32_t best = ~0u;
 #pragma unroll
-  for (int c = 0; c < C; ++c) {
-    uint32_t of_chunk[2] = {v[8 * c], v[8 * c + 1]};
-#pragma unroll
-    for (int j = 2; j < 8; ++j) of_chunk[j % 2] = min(of_chunk[j % 2], v[8 * c + j]);
-    best = min(best, base[c] == ~0u ? ~0u : min(of_chunk[0], of_chunk[1]));
-  }
+  for (int c = 0; c < C; ++c) best = min(best, base[c] == ~0u ? ~0u : min_of<8>(v + 8 * c));
   best = row_min<L>(best);
 #pragma unroll
   for (int i = 0; i < C * 8; ++i) {
     v[i] = (__viaddmin_u32(v[i], 0u - best, Pack::kFar) << Pack::kBits) | base[i / 8] | (i % 8);
   }
   if (bad != 0) pack_broken<L, C>(bad, base, v);
+  return uninverted(best);
 }
 
-// Packed keys of logits, without bias and groups.
-template <int L, int C>
-__device__ __forceinline__ void pack_logits_lean(
+// Packed keys of logits, without bias and groups. Returns the row's largest logit, provided that all are finite.
+template <int L, int C, bool WIDE>
+__device__ __forceinline__ float pack_logits_lean(
     const Forward& p, const float (&x)[C * 8], uint32_t bad, int gl, uint32_t (&v)[C * 8]) {
   uint32_t base[C];
 #pragma unroll
   for (int c = 0; c < C; ++c) base[c] = base_of<L, C>(p, c, gl, ~0u);
-  if (p.logits.kind == kF32) {
-    pack_whole<L, C>(x, bad, base, v);
+  if constexpr (WIDE) {
+    return pack_whole<L, C>(x, bad, base, v);
   } else {
     pack_narrow<L, C>(x, bad, base, v);
+    return 0.0f;
   }
+}
+
+// Bit c: chunk c of this lane stands in one of the row's best groups. Also to memory.kept, for rows that are selected again.
+template <int L, int C>
+__device__ __forceinline__ uint32_t allowed_chunks_lean(const Forward& p, int gl, const GroupMemory& memory) {
+  if (p.groups > L) return allowed_chunks<L, C>(p, gl, memory);
+  __syncwarp();
+  const bool mine = gl < p.groups;
+  const float total = mine ? memory.total[gl] : 0.0f;
+  int rank = 0;
+#pragma unroll 4
+  for (int other = 0; other < p.groups; ++other) {
+    const float t = memory.total[other];
+    rank += t > total || (t == total && other < gl);
+  }
+  const bool stays = mine && rank < p.group_topk;
+  if (mine) memory.kept[gl] = stays;
+  const unsigned kept = __ballot_sync(kFull, stays) >> (threadIdx.x % kWarp & ~(L - 1));
+  uint32_t allowed = 0;
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    const int first = Layout<L, C>::first(c, gl);
+    if (first < p.experts) allowed |= (kept >> (first >> p.group_shift) & 1u) << c;
+  }
+  return allowed;
 }
 
 // Packed keys of score + bias under the group limits.
@@ -145,7 +181,7 @@ __device__ __forceinline__ void pack_keys_lean(
       for (int i = 0; i < C * 8; ++i) key[i] = (bad >> i) & 1u ? kBrokenKey : key[i];
     }
     group_sums_chunked<L, C>(p, key, ~0u, gl, memory.total);
-    allowed = allowed_chunks<L, C>(p, gl, memory);
+    allowed = allowed_chunks_lean<L, C>(p, gl, memory);
   }
   uint32_t base[C];
 #pragma unroll
@@ -153,21 +189,53 @@ __device__ __forceinline__ void pack_keys_lean(
   pack_whole<L, C>(key, bad, base, v);
 }
 
-// One row selected with whole keys by the calling warp. Rare: the K-th best lies far below the best, or is not finite.
-template <bool KEYED>
+template <bool WIDE>
+__device__ __forceinline__ float load_logit(const FloatArray& a, int64_t i) {
+  if constexpr (WIDE) {
+    return __ldg(static_cast<const float*>(a.data) + i);
+  } else {
+    const uint16_t bits = __ldg(static_cast<const uint16_t*>(a.data) + i);
+    return a.kind == kBF16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16) : __half2float(__ushort_as_half(bits));
+  }
+}
+
+// One row of at most 512 experts selected with whole keys by the calling warp: the K-th best lies far below the best, or is not
+// finite. Of normally distributed fp32 logits 1 row in 100 at 384 and 512 experts, 3 of 8 experts with K 2, none at 64 to 256. Lane l
+// holds experts l, l + 32, ...
+template <bool KEYED, bool WIDE>
 __device__ __noinline__ void exact_row(const Forward* p, int64_t row, const float* bias, const int* kept, int* ids) {
-  auto key = [=](int e) -> uint32_t {
-    const float x = load_float(p->logits, row * p->experts + e);
-    const float k = KEYED ? sigmoid(x) + bias[e] : x;
-    return is_finite(x) && is_finite(k) ? ordered(k) : 0u;
-  };
-  auto allowed = [=](int e) -> bool { return !KEYED || p->groups == 0 || kept[e / p->group_size]; };
+  constexpr int kEach = 512 / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  uint32_t key[kEach], open = 0;  // bit i: expert lane + 32 i may still be chosen
   __syncwarp();
-  select_exact(key, allowed, p->top_k, p->experts, ids);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int e = lane + kWarp * i;
+    key[i] = 0;
+    if (e < p->experts && (!KEYED || p->groups == 0 || kept[e >> p->group_shift])) {
+      const float x = load_logit<WIDE>(p->logits, row * p->experts + e), k = KEYED ? sigmoid(x) + bias[e] : x;
+      key[i] = is_finite(x) && is_finite(k) ? ordered(k) : 0u;
+      open |= 1u << i;
+    }
+  }
+  for (int round = 0; round < p->top_k; ++round) {
+    uint32_t best = 0;
+    int at = -1;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if ((open >> i & 1u) && (at < 0 || key[i] > best)) best = key[i], at = i;
+    }
+    const uint32_t row_best = __reduce_max_sync(kFull, best);
+    const unsigned mine = at >= 0 && best == row_best ? lane + kWarp * at : INT_MAX;
+    const unsigned id = __reduce_min_sync(kFull, mine);
+    if (mine == id) open &= ~(1u << at);
+    if (lane == 0) ids[round] = static_cast<int>(id);
+  }
+  __syncwarp();
 }
 
 // Selects the tile's doubtful rows again. Ids without a field take the place of packed keys: the id is what is read from either.
-template <int L, int C, bool KEYED>
+template <int L, int C, bool KEYED, bool WIDE>
 __device__ __forceinline__ void settle_rows(
     const Forward& p, int64_t first_row, int rows, const float* bias, const int* kept, uint32_t* chosen) {
   const int at = threadIdx.x % kWarp;
@@ -175,18 +243,41 @@ __device__ __forceinline__ void settle_rows(
   const bool doubt = mine && chosen[at * p.top_k + p.top_k - 1] >> Packed<L, C>::kBits >= Packed<L, C>::kFar;
   for (unsigned left = __ballot_sync(kFull, doubt); left != 0; left &= left - 1) {
     const int row = __ffs(left) - 1;
-    exact_row<KEYED>(&p, first_row + row, bias, kept + row * p.groups, reinterpret_cast<int*>(chosen) + row * p.top_k);
+    exact_row<KEYED, WIDE>(
+        &p, first_row + row, bias, kept + row * p.groups, reinterpret_cast<int*>(chosen) + row * p.top_k);
   }
 }
 
-// Unnormalised scores in place of the logits, and what normalises them; z needs the softmax sums whatever the score.
-template <int L, int C, bool SOFTMAX>
-__device__ __forceinline__ void scores_in_place_lean(const Forward& p, float (&x)[C * 8], RowStats& s) {
-  if (SOFTMAX ? p.need_scores || p.want_z : p.want_z) {
-    float top[2] = {x[0], x[1]};
+// Sigmoid scores in place of the logits and their sum, and the softmax sums that z needs, from one exponential an expert. Without
+// a maximum: returns false, and the row has to be loaded again, if that leaves the range of fp32 in a row of the warp.
+template <int L, int C>
+__device__ __forceinline__ bool sigmoid_and_z(bool live, float (&x)[C * 8], RowStats& s) {
+  float sum[2] = {0.0f, 0.0f}, scores[2] = {0.0f, 0.0f};
 #pragma unroll
-    for (int i = 2; i < C * 8; ++i) top[i % 2] = fmaxf(top[i % 2], x[i]);
-    s.max = row_max<L>(fmaxf(top[0], top[1]));
+  for (int i = 0; i < C * 8; ++i) {
+    const float e = exp_compensated(x[i]);
+    sum[i % 2] += e;
+    x[i] = e * reciprocal(1.0f + e);
+    scores[i % 2] += x[i];
+  }
+  const float total = row_sum<L>(sum[0] + sum[1]), score = row_sum<L>(scores[0] + scores[1]);
+  if (!__all_sync(kFull, !live || (total > 1e-30f && total < 1e30f))) return false;
+  s.lse = logf(total);
+  s.inverse = reciprocal(score + kEps);
+  return true;
+}
+
+// Unnormalised scores in place of the logits, and what normalises them; z needs the softmax sums whatever the score. `known`: the
+// row's maximum is in s.max.
+template <int L, int C, bool SOFTMAX>
+__device__ __forceinline__ void scores_in_place_lean(const Forward& p, bool known, float (&x)[C * 8], RowStats& s) {
+  if (SOFTMAX ? p.need_scores || p.want_z : p.want_z) {
+    if (!known) {
+      float top[2] = {x[0], x[1]};
+#pragma unroll
+      for (int i = 2; i < C * 8; ++i) top[i % 2] = fmaxf(top[i % 2], x[i]);
+      s.max = row_max<L>(fmaxf(top[0], top[1]));
+    }
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < C * 8; ++i) {
@@ -209,13 +300,15 @@ __device__ __forceinline__ void scores_in_place_lean(const Forward& p, float (&x
   }
 }
 
-template <int L, int C>
+template <int L, int C, bool WIDE>
 __device__ __forceinline__ void load_aligned(
     const FloatArray& a, int64_t row, bool live, int num_experts, int gl, float pad, float (&x)[C * 8]) {
-  switch (a.kind) {
-    case kF32: return load_vectors<kF32, L, C>(a.data, row, live, num_experts, gl, pad, x);
-    case kBF16: return load_vectors<kBF16, L, C>(a.data, row, live, num_experts, gl, pad, x);
-    default: return load_vectors<kF16, L, C>(a.data, row, live, num_experts, gl, pad, x);
+  if constexpr (WIDE) {
+    load_vectors<kF32, L, C>(a.data, row, live, num_experts, gl, pad, x);
+  } else if (a.kind == kBF16) {
+    load_vectors<kBF16, L, C>(a.data, row, live, num_experts, gl, pad, x);
+  } else {
+    load_vectors<kF16, L, C>(a.data, row, live, num_experts, gl, pad, x);
   }
 }
 
@@ -231,8 +324,8 @@ struct Slot {
 __device__ __forceinline__ Slot slot_of_lane(const Forward& p, const LeanShape& shape, int64_t first_row, int first) {
   const int lane = threadIdx.x % kWarp;
   Slot s;
-  s.slot = lane % shape.slot_lanes;
-  s.at = first + lane / shape.slot_lanes;
+  s.slot = lane & (shape.slot_lanes - 1);
+  s.at = first + (lane >> shape.slot_shift);
   s.row = first_row + s.at;
   s.inside = s.at < shape.rows && s.row < p.tokens && s.slot < p.top_k;
   s.live = s.inside && (p.valid == nullptr || p.valid[s.row]);
@@ -241,7 +334,7 @@ __device__ __forceinline__ Slot slot_of_lane(const Forward& p, const LeanShape& 
 
 __device__ __forceinline__ unsigned lanes_of_row(const LeanShape& shape) {
   const unsigned lanes = shape.slot_lanes == kWarp ? kFull : (1u << shape.slot_lanes) - 1u;
-  return lanes << (threadIdx.x % kWarp / shape.slot_lanes * shape.slot_lanes);
+  return lanes << (threadIdx.x % kWarp & ~(shape.slot_lanes - 1));
 }
 
 struct Replayed {
@@ -251,15 +344,14 @@ struct Replayed {
 // Reads the tile's forced ids to forced[rows, K], -1 where a live expert has to step in. Returns whether there is such a slot.
 __device__ __forceinline__ bool read_forced(
     const Forward& p, const LeanShape& shape, int64_t first_row, int* forced, Replayed& count, int* events) {
-  const int lane = threadIdx.x % kWarp;
   bool fill = false;
-  for (int first = 0; first < shape.rows; first += kWarp / shape.slot_lanes) {
+  for (int first = 0; first < shape.rows; first += kWarp >> shape.slot_shift) {
     const Slot s = slot_of_lane(p, shape, first_row, first);
     const int id = s.live ? load_id(p.replay, s.row * p.top_k + s.slot, p.experts) : -1;
-    bool duplicate = false;
-    for (int o = 1; o < shape.slot_lanes; ++o) {
-      const int other = __shfl_xor_sync(kFull, id, o);
-      duplicate |= other == id && (lane ^ o) < lane;
+    bool duplicate = false;  // not match.any: 256 cycles where these shuffles take 4 each (H200)
+    for (int o = 1; o < p.top_k; ++o) {
+      const int earlier = __shfl_up_sync(kFull, id, o);
+      duplicate |= earlier == id && s.slot >= o;
     }
     const bool taken = id >= 0 && id < p.experts && !duplicate;
     if (s.inside) forced[s.at * p.top_k + s.slot] = taken ? id : -1;

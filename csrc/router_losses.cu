@@ -33,39 +33,60 @@ __device__ __forceinline__ double warp_sum(double v) {
 }
 
 // One block. Sums run in fp64 in a fixed order.
+//
+// The first pass computes nothing: it runs the same instructions before the kernel in front has finished, so that they are in the
+// instruction cache when its results are there. A launch of a few microseconds would otherwise spend much of its time on fetching.
 __global__ void __launch_bounds__(kThreads) losses_kernel(const __grid_constant__ Losses p) {
   __shared__ double parts[3][kWarps];
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  cudaGridDependencySynchronize();
-#endif
-  double slots = 0.0, aux_slots = 0.0, product = 0.0;
-  for (int e = threadIdx.x; e < p.experts; e += kThreads) {
-    slots += __ldcg(p.counts + e);
-    if (p.aux_counts == nullptr) continue;
-    const double count = __ldcg(p.aux_counts + e);
-    aux_slots += count;
-    product += count * static_cast<double>(__ldcg(p.score_sum + e));
-  }
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  slots = warp_sum(slots), aux_slots = warp_sum(aux_slots), product = warp_sum(product);
-  if (lane == 0) parts[0][warp] = slots, parts[1][warp] = aux_slots, parts[2][warp] = product;
-  __syncthreads();
-  if (warp != 0) return;
-  slots = warp_sum(lane < kWarps ? parts[0][lane] : 0.0);
-  aux_slots = warp_sum(lane < kWarps ? parts[1][lane] : 0.0);
-  product = warp_sum(lane < kWarps ? parts[2][lane] : 0.0);
-  if (lane != 0) return;
-  const double tokens = slots / p.top_k, divisor = tokens > 1.0 ? tokens : 1.0;
-  const float aux = static_cast<float>(p.experts * (product / ((aux_slots > 1.0 ? aux_slots : 1.0) * divisor)));
-  const float z = p.z_sum == nullptr ? 0.0f : static_cast<float>(__ldcg(p.z_sum) / divisor);
-  p.summary[0] = p.aux_counts == nullptr ? 0.0f : aux;
-  p.summary[1] = z, p.summary[2] = 1.0f, p.summary[3] = static_cast<float>(tokens), p.summary[4] = 0.0f;
-  float* scaled = p.scaled;
-  if (p.aux_counts != nullptr) *scaled++ = aux * p.aux_coeff;
-  if (p.z_sum != nullptr) *scaled = z * p.z_coeff;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+#pragma unroll 1
+  for (int pass = 0; pass < 2; ++pass) {
+    const bool real = pass == 1;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (real) cudaGridDependencySynchronize();
+#endif
+    double slots = 0.0, aux_slots = 0.0, product = 0.0;
+#pragma unroll 1
+    for (int e = threadIdx.x; e < p.experts || e == static_cast<int>(threadIdx.x); e += kThreads) {
+      const bool here = real && e < p.experts, aux = here && p.aux_counts != nullptr;
+      slots += here ? __ldcg(p.counts + e) : 0;
+      const double count = aux ? __ldcg(p.aux_counts + e) : 0;
+      aux_slots += count;
+      product += count * static_cast<double>(aux ? __ldcg(p.score_sum + e) : 0.0f);
+    }
+    const double z_sum = real && p.z_sum != nullptr ? __ldcg(p.z_sum) : 0.0f;
+    slots = warp_sum(slots), aux_slots = warp_sum(aux_slots), product = warp_sum(product);
+    if (lane == 0) parts[0][warp] = slots, parts[1][warp] = aux_slots, parts[2][warp] = product;
+    __syncthreads();
+    if (warp == 0) {
+      slots = warp_sum(lane < kWarps ? parts[0][lane] : 0.0);
+      aux_slots = warp_sum(lane < kWarps ? parts[1][lane] : 0.0);
+      product = warp_sum(lane < kWarps ? parts[2][lane] : 0.0);
+      const double tokens = slots / p.top_k, divisor = tokens > 1.0 ? tokens : 1.0;
+      const float aux = static_cast<float>(p.experts * (product / ((aux_slots > 1.0 ? aux_slots : 1.0) * divisor)));
+      const float z = static_cast<float>(z_sum / divisor);
+      const float of_lane = lane == 0   ? aux
+                            : lane == 1 ? z
+                            : lane == 2 ? 1.0f
+                            : lane == 3 ? static_cast<float>(tokens)
+                                        : 0.0f;
+      if (real && lane < 5) p.summary[lane] = of_lane;
+      const int z_at = p.aux_counts != nullptr ? 1 : 0;
+      if (real && lane == 0 && p.aux_counts != nullptr) p.scaled[0] = aux * p.aux_coeff;
+      if (real && lane == 1 && p.z_sum != nullptr) p.scaled[z_at] = z * p.z_coeff;
+    }
+    __syncthreads();
+  }
 }
 
 __global__ void __launch_bounds__(kThreads) losses_backward_kernel(const __grid_constant__ LossGradients p) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();  // the router's backward may get ready
+  cudaGridDependencySynchronize();
+#endif
   const int e = blockIdx.x * kThreads + threadIdx.x;
   const double tokens = p.summary[3] > 1.0f ? p.summary[3] : 1.0;
   auto gradient = [&](int index, int position, float coeff) -> double {
@@ -116,7 +137,7 @@ std::tuple<Tensor, Tensor> batch_losses(
   Tensor summary = new_empty(counts, {5}, ScalarType::Float);
   Tensor scaled = new_empty(counts, {(aux_counts ? 1 : 0) + (z_sum ? 1 : 0)}, ScalarType::Float);
   p.summary = out_ptr<float>(summary), p.scaled = out_ptr<float>(scaled);
-  launch_beside(losses_kernel, 1, kThreads, current_stream(counts), p);
+  launch_beside(losses_kernel, 1, kThreads, 0, current_stream(counts), p);
   return {summary, scaled};
 }
 
@@ -136,8 +157,7 @@ std::tuple<Tensor, Tensor> batch_losses_bwd(
   Tensor d_z = new_empty(summary, {has_z ? 1 : 0}, ScalarType::Float);
   p.d_score_sum = out_ptr<float>(d_score_sum), p.d_z = out_ptr<float>(d_z);
   const int blocks = p.experts > kThreads ? ceil_div(p.experts, kThreads) : 1;
-  losses_backward_kernel<<<blocks, kThreads, 0, current_stream(summary)>>>(p);
-  MOE_LAUNCH_CHECK();
+  launch_beside(losses_backward_kernel, blocks, kThreads, 0, current_stream(summary), p);
   return {d_score_sum, d_z};
 }
 

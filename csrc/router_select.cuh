@@ -16,8 +16,14 @@ struct Layout {
   static constexpr int kValues = C * 8;
   static constexpr int kBucket = L * kValues;
   static constexpr int kRows = kWarp / L;
-  static constexpr uint32_t kIdMask = kBucket - 1;
-  static_assert((kBucket & (kBucket - 1)) == 0, "the id mask needs a power of two");
+  static constexpr int kIdBits = kBucket <= 8     ? 3
+                                 : kBucket <= 64  ? 6
+                                 : kBucket <= 128 ? 7
+                                 : kBucket <= 256 ? 8
+                                 : kBucket <= 512 ? 9
+                                                  : 10;
+  static constexpr uint32_t kIdMask = (1u << kIdBits) - 1;
+  static_assert(kBucket <= (1 << kIdBits), "one id for every expert of the bucket");
 
   __device__ static __forceinline__ int first(int c, int gl) { return 8 * (c * L + gl); }
   __device__ static __forceinline__ int expert(int i, int gl) { return first(i / 8, gl) + i % 8; }
@@ -99,7 +105,7 @@ __device__ __forceinline__ int padded(int e) { return e + e / 32; }  // groups o
 template <int L, int C>
 __device__ __forceinline__ void group_sums_chunked(
     const Forward& p, const float (&key)[C * 8], uint32_t usable, int gl, float* total) {
-  const int lanes = p.group_size / 8;
+  const int lanes = p.group_size >> 3;  // a power of two
 #pragma unroll
   for (int c = 0; c < C; ++c) {
     float high = -INFINITY, low = -INFINITY;
@@ -115,7 +121,8 @@ __device__ __forceinline__ void group_sums_chunked(
       high = fmaxf(high, other_high);
     }
     const int first = Layout<L, C>::first(c, gl);
-    if (first < p.experts && gl % lanes == 0) total[first >> p.group_shift] = p.group_count == 1 ? high : high + low;
+    if (first < p.experts && (gl & (lanes - 1)) == 0)
+      total[first >> p.group_shift] = p.group_count == 1 ? high : high + low;
   }
 }
 

@@ -90,6 +90,34 @@ def test_biased_keys_of_every_size(name: str) -> None:
         assert (ours.aux_counts.cpu() - theirs.aux_counts).abs().sum() <= 8
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["e24-k12-sigmoid", "e128-k8-sigmoid", "e256-k8-deepseek", "e384-k8-bias", "e512-k10"])
+def test_logits_beyond_the_range_of_exp(name: str, dtype: torch.dtype) -> None:
+    """Rows whose exponentials overflow, vanish, or do neither, side by side in a warp; whole rows of one sign."""
+    experts, options, with_bias = CASES[name]
+    logits = logits_for(experts, 300, torch.float32)
+    logits[::3] *= 60
+    logits[1::12] -= 150
+    logits[2::12] += 150
+    logits, bias = logits.to(dtype), bias_for(experts, with_bias)
+    ours = route_topk(logits.cuda(), on_cuda(bias), **options, **LOSSES)
+    theirs = route_topk(logits.double(), bias, **options, **LOSSES)
+    for name in ("score_sum", "z_sum"):
+        torch.testing.assert_close(getattr(ours, name).cpu().double(), getattr(theirs, name), rtol=2e-6, atol=2e-6)
+    assert differing_rows(ours.ids.cpu(), logits, bias, options) <= 6
+    weights = route_topk(logits.double(), bias, **options, replay_ids=ours.ids.cpu()).weights
+    torch.testing.assert_close(ours.weights.cpu().double(), weights, rtol=1e-5, atol=1e-6)
+    grads, given = gradients_for(theirs, TRAINED), options | LOSSES
+    d_ours = run(logits.cuda(), on_cuda(bias), given, on("cuda", grads))[1]
+    d_narrow, d_wide = (
+        run(x, bias, given, grads, replay_ids=ours.ids.cpu())[1].double() for x in (logits, logits.double())
+    )
+    error, narrow = ((d - d_wide).abs().max() for d in (d_ours.double().cpu(), d_narrow))
+    assert error <= 4 * narrow, (
+        f"error {error:.2e}, the CPU's in {dtype} {narrow:.2e}, largest {d_wide.abs().max():.2e}"
+    )
+
+
 @pytest.mark.parametrize("case", [(64, 16), (512, 16), (512, 32), (1000, 32)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_neighbours_win(case: tuple[int, int], dtype: torch.dtype) -> None:

@@ -1,0 +1,11 @@
+// Lean forward kernels for 16-bit logits whose selection key is the sigmoid (+ bias), with or without group limits.
+#include "router_fwd_lean.cuh"
+
+namespace moe_layer::router {
+
+template <>
+void launch_lean_keyed<false>(const Forward& args, int sms, cudaStream_t stream) {
+  launch_lean_mode<kSigmoidKeyed, false>(args, sms, stream);
+}
+
+}  // namespace moe_layer::router
