@@ -1,9 +1,10 @@
 // Trips of rows between windows, as device functions: the twin of `_Trip` in moe_layer/ops/ep.py, which describes the
-// protocol. Everything here is for whole blocks: all threads call, and all get the same answer.
+// protocol. Unless it says otherwise a function is for whole blocks: all threads call, and all get the same answer.
 //
-// Memory order. The warps of a chunk write its rows and count themselves in shared memory; the last one publishes: a system
-// fence (which is cumulative over what the count ordered before it), then a release store of the flag. The reader's
-// first thread polls with acquire loads, the block meets at a barrier and reads with plain loads. Where several blocks
+// Memory order. The warps of a chunk write its rows, then count themselves in shared memory (ep_push) or meet at a barrier
+// (ep_reduce_push); the last one, or the first thread, publishes: a system fence, which is cumulative over what the count
+// or the barrier ordered before it, then a release store of the flag. One thread of the readers (a warp, a team or a
+// block) polls with acquire loads; they meet and read with plain loads or asynchronous copies. Where several blocks
 // contribute, `last_block` elects the one that saw all the others' fences.
 //
 // A kernel that waits must leave room for the kernels it waits for, which run on the same multiprocessors of the peers
