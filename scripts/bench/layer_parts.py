@@ -65,7 +65,7 @@ def skew(layer: MoELayer, x: Tensor) -> float:
     return float(counts.max() / counts.mean())
 
 
-def make_step(layer: MoELayer, x: Tensor, upstream: Tensor) -> Step:
+def make_step(layer: torch.nn.Module, x: Tensor, upstream: Tensor) -> Step:
     parameters = list(layer.parameters())
 
     def step() -> None:

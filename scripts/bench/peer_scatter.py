@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from layer_parts import make_step
 from torch import Tensor, nn
 
 
@@ -47,15 +48,7 @@ class ScatterLayer(nn.Module):
 def scatter_step(ours: Any, x: Tensor, upstream: Tensor) -> tuple[Callable[[], None], float]:
     """One forward + backward on our weights, and the median over tokens of |y - our y| / |our y|."""
     layer = ScatterLayer(ours)
-    parameters = list(layer.parameters())
-
-    def step() -> None:
-        for parameter in parameters:
-            parameter.grad = None
-        x.grad = None
-        layer(x).backward(upstream)
-
     with torch.no_grad():
         expected = ours(x).float()
         error = (layer(x).float() - expected).norm(dim=-1) / expected.norm(dim=-1)
-    return step, float(error.median())
+    return make_step(layer, x, upstream), float(error.median())

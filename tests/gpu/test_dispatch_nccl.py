@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -52,13 +51,6 @@ def same_bits() -> list[str]:
                 done.append(f"{backend} {domain} {apply_probs} {rows}")
     context.close()
     return done
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Pool]:
-    workers = Pool(2)
-    yield workers
-    workers.close()
 
 
 @needs_two

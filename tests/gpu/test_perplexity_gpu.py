@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import TypeVar
 
 import pytest
@@ -105,13 +104,6 @@ def there_and_back(backend: str, device_type: str) -> list[str]:
             done.append(f"{ids_dtype} {j}")
     context.close()
     return done
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Pool]:
-    workers = Pool(2)
-    yield workers
-    workers.close()
 
 
 @needs_two
