@@ -46,22 +46,21 @@ __device__ __forceinline__ void store_score_sums(
 
 // Weights of a tile's experts and what is written with them, one lane a (row, slot), where all rows are valid and all ids are chosen, or
 // all are forced. The general case is in the kernel, in more instructions.
-template <int L, int C, int MODE, bool WIDE>
+template <int L, int C, int MODE, class Rows>
 __device__ __forceinline__ void weigh_tile(
-    const Forward& p, const LeanShape& shape, int64_t first_row, const uint32_t* chosen, const int* forced,
-    const uint32_t* unbiased, const float* stats, int32_t* hist, int32_t* hist_aux) {
+    const Forward& p, const LeanShape& shape, const Rows& all_rows, int64_t first_row, const uint32_t* chosen,
+    const int* forced, const uint32_t* unbiased, const float* stats, int32_t* hist, int32_t* hist_aux) {
   constexpr uint32_t kIdMask = Layout<L, C>::kIdMask;
   const int lane = threadIdx.x % kWarp, slot = lane & (shape.slot_lanes - 1);
   const int64_t left = p.tokens - first_row, out = first_row * p.top_k;
   const int rows = left < shape.rows ? static_cast<int>(left) : shape.rows;
-  const FloatArray logits = {
-      static_cast<const char*>(p.logits.data) + first_row * p.experts * (WIDE ? 4 : 2), p.logits.kind};
+  const auto logits = all_rows.from(first_row);
 #pragma unroll 1
   for (int first = 0; first < rows; first += kWarp >> shape.slot_shift) {
     const int at = first + (lane >> shape.slot_shift), index = at * p.top_k + slot;
     const bool inside = at < rows && slot < p.top_k;
     const int id = !inside ? 0 : forced != nullptr ? forced[index] : static_cast<int>(chosen[index] & kIdMask);
-    const float x = inside ? load_logit<WIDE>(logits, at * p.experts + id) : kPad;
+    const float x = inside ? logits.at(at, id) : kPad;
     float y;
     if (MODE == kSoftmaxPlain && p.weight_rule == kOverChosen) {
       float top = x;
@@ -87,55 +86,68 @@ __device__ __forceinline__ void weigh_tile(
   }
 }
 
-template <int L, int C, int MODE, bool WIDE, int THREADS>
-__global__ void __launch_bounds__(THREADS, 1) lean_kernel(const __grid_constant__ Forward p, const LeanShape shape) {
+// Shared memory of a block. The buffers of the warps come first, for they are read in 16-byte words.
+template <int THREADS>
+struct LeanMemory {
+  struct Scratch {
+    double z[THREADS / kWarp];
+    int events[6];
+  };
+  int32_t *buffers, *hist, *hist_aux;
+  float* bias;
+  Scratch& scratch;
+
+  __device__ __forceinline__ LeanMemory(const Forward& p, int32_t* shared, Scratch& own)
+      : buffers(shared),
+        hist(shared + p.block_words),
+        hist_aux(p.live_apart ? hist + p.experts : hist),
+        bias(reinterpret_cast<float*>(hist_aux + p.experts)),
+        scratch(own) {}
+
+  __device__ __forceinline__ void clear(const Forward& p) const {
+#pragma unroll 1
+    for (int e = threadIdx.x; e < p.experts; e += THREADS) hist[e] = 0, hist_aux[e] = 0;
+    if (threadIdx.x < 6) scratch.events[threadIdx.x] = 0;
+  }
+
+  __device__ __forceinline__ void load_bias(const Forward& p, int bucket) const {
+    for (int e = threadIdx.x; e < bucket; e += THREADS) {
+      bias[e] = p.bias.data != nullptr && e < p.experts ? load_float(p.bias, e) : 0.0f;
+    }
+  }
+};
+
+// What a block of THREADS threads does with the rows of its tiles, up to its row of p.part. `memory` has been cleared.
+template <int L, int C, int MODE, class Rows, int THREADS>
+__device__ __forceinline__ void lean_block(
+    const Forward& p, const LeanShape& shape, const Rows& rows, const LeanMemory<THREADS>& memory, Tiles tiles) {
   using Lay = Layout<L, C>;
   constexpr int kWarps = THREADS / kWarp;
-  constexpr bool kKeyed = MODE == kSigmoidKeyed, kSoft = MODE == kSoftmaxPlain;
-  extern __shared__ __align__(16) int32_t shared[];
-  __shared__ double z_warp[kWarps];
-  __shared__ int events[6];
+  constexpr bool kKeyed = MODE == kSigmoidKeyed, kSoft = MODE == kSoftmaxPlain, WIDE = Rows::kWide;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, gl = lane % L, group = lane / L;
-  // The buffer comes first, for it is read in 16-byte words.
-  int32_t* hist = shared + p.block_words;
-  int32_t* hist_aux = p.live_apart ? hist + p.experts : hist;
-  float* bias = reinterpret_cast<float*>(hist_aux + p.experts);
+  int32_t *hist = memory.hist, *hist_aux = memory.hist_aux;
+  float* bias = memory.bias;
+  int* events = memory.scratch.events;
   const int list = shape.rows * p.top_k;
-  uint32_t* chosen = reinterpret_cast<uint32_t*>(shared + warp * p.warp_words);
+  uint32_t* chosen = reinterpret_cast<uint32_t*>(memory.buffers + warp * p.warp_words);
   uint32_t* unbiased = kKeyed && p.live_apart ? chosen + list : chosen;
   int* forced = reinterpret_cast<int*>(unbiased + list);
   float* total = reinterpret_cast<float*>(forced + (p.replay.data != nullptr ? list : 0));
   int* kept = reinterpret_cast<int*>(total + shape.rows * p.groups);
   float* stats = reinterpret_cast<float*>(kept + shape.rows * p.groups);  // [rows, 2] softmax of "pre" weights
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();  // router_finish.cu may get ready
-#endif
-#pragma unroll 1
-  for (int e = threadIdx.x; e < p.experts; e += THREADS) hist[e] = 0, hist_aux[e] = 0;
-  if (threadIdx.x < 6) events[threadIdx.x] = 0;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  cudaGridDependencySynchronize();  // this kernel was launched beside the one before it in the stream
-#endif
-  if constexpr (kKeyed) {
-    for (int e = threadIdx.x; e < Lay::kBucket; e += THREADS) {
-      bias[e] = p.bias.data != nullptr && e < p.experts ? load_float(p.bias, e) : 0.0f;
-    }
-  }
-  __syncthreads();
-
   float sums[C * 8];
 #pragma unroll
   for (int i = 0; i < C * 8; ++i) sums[i] = 0.0f;
   double z = 0.0;
   Replayed replayed;
-  const auto [begin, end] = tiles_of_block(p);
+  const auto [begin, end] = tiles;
   // A tile's rows are asked for while the warp works on the tile before: 4 KiB of logits, a line a lane, and the forced ids.
   auto prefetch = [&](int64_t tile) {
     const int row_bytes = p.experts * (WIDE ? 4 : 2), id_shift = p.replay.kind > 0 ? p.replay.kind - 1 : 0;
     const int64_t first_row = tile * shape.rows, at = first_row * row_bytes + 128 * lane;
     if (tile >= end || 128 * lane >= shape.rows * row_bytes || at >= p.tokens * row_bytes) return;
-    prefetch_line(static_cast<const char*>(p.logits.data) + at);
+    if (Rows::kGlobal) prefetch_line(static_cast<const char*>(p.logits.data) + at);
     if (p.replay.data == nullptr) return;
     const int64_t id_at = (first_row * p.top_k << id_shift) + 128 * lane;  // bytes: 1 of kU8 and kI8, then doubled
     if (128 * lane < shape.rows * p.top_k << id_shift && id_at < p.tokens * p.top_k << id_shift)
@@ -156,7 +168,7 @@ __global__ void __launch_bounds__(THREADS, 1) lean_kernel(const __grid_constant_
       const int64_t row = first_row + at;
       const bool live = row < p.tokens && (p.valid == nullptr || p.valid[row]);
       float x[C * 8];
-      load_aligned<L, C, WIDE>(p.logits, row, live, p.experts, gl, kPad, x);
+      rows.template load<L, C>(row, live, gl, x);
       const uint32_t bad = bad_bits(x);
       const unsigned bad_lanes = __ballot_sync(kFull, bad != 0);
       bool row_nan = false;
@@ -185,7 +197,7 @@ __global__ void __launch_bounds__(THREADS, 1) lean_kernel(const __grid_constant_
       bool scored = false;
       if (!kSoft && p.need_scores && p.want_z && bad_lanes == 0) {
         scored = sigmoid_and_z<L, C>(live, x, s);
-        if (!scored) load_aligned<L, C, WIDE>(p.logits, row, live, p.experts, gl, kPad, x);
+        if (!scored) rows.template load<L, C>(row, live, gl, x);
       }
       if (!scored) scores_in_place_lean<L, C, kSoft>(p, known, x, s);
       if (p.aux != kNoAux && live) {
@@ -214,7 +226,7 @@ __global__ void __launch_bounds__(THREADS, 1) lean_kernel(const __grid_constant_
         uint32_t* list_of_row = (first ? chosen : unbiased) + at * p.top_k;
         if (!first) {  // loaded again, from L1: 16 registers held through the selection above would cost warps
           second = false;
-          load_aligned<L, C, WIDE>(p.logits, row, live, p.experts, gl, kPad, x);
+          rows.template load<L, C>(row, live, gl, x);
           pack_logits_lean<L, C, WIDE>(p, x, bad, gl, v);
         }
         first = false;
@@ -222,16 +234,16 @@ __global__ void __launch_bounds__(THREADS, 1) lean_kernel(const __grid_constant_
       }
     }
     __syncwarp();
-    if ((kKeyed || WIDE) && wanted) settle_rows<L, C, kKeyed, WIDE>(p, first_row, shape.rows, bias, kept, chosen);
+    if ((kKeyed || WIDE) && wanted) settle_rows<L, C, kKeyed>(p, rows, first_row, shape.rows, bias, kept, chosen);
     if (kKeyed && WIDE && p.live_apart) {
-      settle_rows<L, C, false, WIDE>(p, first_row, shape.rows, nullptr, nullptr, unbiased);
+      settle_rows<L, C, false>(p, rows, first_row, shape.rows, nullptr, nullptr, unbiased);
     }
 
     // ---- weights: one lane a (row, slot)
     const bool replays = p.replay.data != nullptr;
     if (p.valid == nullptr && p.recorded.data == nullptr && !(replays && fill)) {
-      weigh_tile<L, C, MODE, WIDE>(
-          p, shape, first_row, chosen, replays ? forced : nullptr, unbiased, stats, hist, hist_aux);
+      weigh_tile<L, C, MODE>(
+          p, shape, rows, first_row, chosen, replays ? forced : nullptr, unbiased, stats, hist, hist_aux);
       __syncwarp();  // the ids have been read before the next tile writes its own
       continue;
     }
@@ -242,7 +254,7 @@ __global__ void __launch_bounds__(THREADS, 1) lean_kernel(const __grid_constant_
       if (at.live && p.live_apart) atomicAdd(&hist_aux[unbiased[index] & Lay::kIdMask], 1);
       const int held = at.live && p.replay.data != nullptr ? forced[index] : -1;
       if (p.replay.data != nullptr) id = fill ? fill_slot(p, shape, at, held, id) : held;
-      const float x = at.live ? load_logit<WIDE>(p.logits, at.row * p.experts + id) : kPad;
+      const float x = at.live ? rows.at(at.row, id) : kPad;
       float y;
       if (kSoft && p.weight_rule == kOverChosen) {
         float top = x;
@@ -274,7 +286,7 @@ __global__ void __launch_bounds__(THREADS, 1) lean_kernel(const __grid_constant_
   // ---- the block's sums, in its own row of p.part
   for (int o = kWarp / 2; p.want_z && o > 0; o >>= 1) z += __shfl_xor_sync(kFull, z, o);
   if (lane == 0) {
-    z_warp[warp] = z;
+    memory.scratch.z[warp] = z;
     if (replayed.slots != 0) atomicAdd(&events[0], replayed.rows), atomicAdd(&events[1], replayed.slots);
   }
   __syncthreads();  // counts are complete, the warps' buffers are free
@@ -288,10 +300,39 @@ __global__ void __launch_bounds__(THREADS, 1) lean_kernel(const __grid_constant_
   if (threadIdx.x == THREADS - 1) {
     double sum[2] = {0.0, 0.0};
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum[w % 2] += z_warp[w];
+    for (int w = 0; w < kWarps; ++w) sum[w % 2] += memory.scratch.z[w];
     *part.z = sum[0] + sum[1];
   }
-  if (p.aux != kNoAux) store_score_sums<L, C, THREADS>(p, sums, reinterpret_cast<float*>(shared), part.score_sum);
+  if (p.aux != kNoAux) {
+    store_score_sums<L, C, THREADS>(p, sums, reinterpret_cast<float*>(memory.buffers), part.score_sum);
+  }
+}
+
+template <int L, int C, int MODE, bool WIDE, int THREADS>
+__global__ void __launch_bounds__(THREADS, 1) lean_kernel(const __grid_constant__ Forward p, const LeanShape shape) {
+  extern __shared__ __align__(16) int32_t shared[];
+  __shared__ typename LeanMemory<THREADS>::Scratch scratch;
+  const LeanMemory<THREADS> memory(p, shared, scratch);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();  // router_finish.cu may get ready
+#endif
+  memory.clear(p);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();  // this kernel was launched beside the one before it in the stream
+#endif
+  if (MODE == kSigmoidKeyed) memory.load_bias(p, Layout<L, C>::kBucket);
+  __syncthreads();
+  lean_block<L, C, MODE, GlobalRows<WIDE>, THREADS>(p, shape, GlobalRows<WIDE>{p}, memory, tiles_of_block(p));
+}
+
+// Sizes of a block's shared memory, to args; in bytes, the result.
+template <int L, int C, int MODE, int THREADS>
+int64_t lean_bytes(Forward& args, const LeanShape& shape) {
+  constexpr int kWarps = THREADS / kWarp, kBucket = Layout<L, C>::kBucket;
+  args.warp_words = lean_words(args, shape, MODE == kSigmoidKeyed);
+  const int terms = kWarps * kBucket;  // store_score_sums
+  args.block_words = round_up(args.warp_words * kWarps > terms ? args.warp_words * kWarps : terms, 4);
+  return 4ll * (args.block_words + (args.live_apart ? 2 : 1) * args.experts + (MODE == kSigmoidKeyed ? kBucket : 0));
 }
 
 template <int L, int C, int MODE, bool WIDE, int THREADS>
@@ -303,11 +344,7 @@ void launch_lean(Forward args, int sms, cudaStream_t stream) {
   // Rows enough to keep the lanes of the weights busy, unless warps would stay without rows.
   const int together = kWarp / shape.slot_lanes < 8 ? kWarp / shape.slot_lanes : 8;
   if (together > shape.rows && args.tokens >= static_cast<int64_t>(together) * kWarps * sms / 2) shape.rows = together;
-  args.warp_words = lean_words(args, shape, MODE == kSigmoidKeyed);
-  const int terms = kWarps * Lay::kBucket;  // store_score_sums
-  args.block_words = round_up(args.warp_words * kWarps > terms ? args.warp_words * kWarps : terms, 4);
-  const int64_t bytes =
-      4ll * (args.block_words + (args.live_apart ? 2 : 1) * args.experts + (MODE == kSigmoidKeyed ? Lay::kBucket : 0));
+  const int64_t bytes = lean_bytes<L, C, MODE, THREADS>(args, shape);
   auto kernel = lean_kernel<L, C, MODE, WIDE, THREADS>;
   allow_shared_memory(kernel, bytes);
   const int64_t tiles = ceil_div<int64_t>(args.tokens, shape.rows);

@@ -199,11 +199,48 @@ __device__ __forceinline__ float load_logit(const FloatArray& a, int64_t i) {
   }
 }
 
+// Where the rows of logits stand: these in global memory, as the caller gave them; those of router_gate.cuh in shared memory.
+template <bool W>
+struct GlobalRows {
+  static constexpr bool kWide = W, kGlobal = true;  // fp32, not bf16 or fp16; worth a prefetch
+  const Forward& p;
+
+  // A few rows counted from the first of them, so that an index takes 32 bits.
+  struct Near {
+    const void* data;
+    int kind, experts;
+
+    __device__ __forceinline__ float at(int row, int expert) const {
+      return load_logit<W>({data, kind}, row * experts + expert);
+    }
+  };
+
+  __device__ __forceinline__ Near from(int64_t row) const {
+    return {static_cast<const char*>(p.logits.data) + row * p.experts * (W ? 4 : 2), p.logits.kind, p.experts};
+  }
+
+  __device__ __forceinline__ float at(int64_t row, int expert) const {
+    return load_logit<W>(p.logits, row * p.experts + expert);
+  }
+
+  template <int L, int C>
+  __device__ __forceinline__ void load(int64_t row, bool live, int gl, float (&x)[C * 8]) const {
+    if constexpr (W) {
+      load_vectors<kF32, L, C>(p.logits.data, row, live, p.experts, gl, kPad, x);
+    } else if (p.logits.kind == kBF16) {
+      load_vectors<kBF16, L, C>(p.logits.data, row, live, p.experts, gl, kPad, x);
+    } else {
+      load_vectors<kF16, L, C>(p.logits.data, row, live, p.experts, gl, kPad, x);
+    }
+  }
+};
+
 // One row of at most 512 experts selected with whole keys by the calling warp: the K-th best lies far below the best, or is not
 // finite. Of normally distributed fp32 logits 1 row in 100 at 384 and 512 experts, 3 of 8 experts with K 2, none at 64 to 256. Lane l
 // holds experts l, l + 32, ...
-template <bool KEYED, bool WIDE>
-__device__ __noinline__ void exact_row(const Forward* p, int64_t row, const float* bias, const int* kept, int* ids) {
+template <bool KEYED, class Rows>
+__device__ __noinline__ void exact_row(
+    const Forward* p, const Rows rows, int64_t row, const float* bias, const int* kept, int* ids) {
   constexpr int kEach = 512 / kWarp;
   const int lane = threadIdx.x % kWarp;
   uint32_t key[kEach], open = 0;  // bit i: expert lane + 32 i may still be chosen
@@ -213,7 +250,7 @@ __device__ __noinline__ void exact_row(const Forward* p, int64_t row, const floa
     const int e = lane + kWarp * i;
     key[i] = 0;
     if (e < p->experts && (!KEYED || p->groups == 0 || kept[e >> p->group_shift])) {
-      const float x = load_logit<WIDE>(p->logits, row * p->experts + e), k = KEYED ? sigmoid(x) + bias[e] : x;
+      const float x = rows.at(row, e), k = KEYED ? sigmoid(x) + bias[e] : x;
       key[i] = is_finite(x) && is_finite(k) ? ordered(k) : 0u;
       open |= 1u << i;
     }
@@ -235,16 +272,17 @@ __device__ __noinline__ void exact_row(const Forward* p, int64_t row, const floa
 }
 
 // Selects the tile's doubtful rows again. Ids without a field take the place of packed keys: the id is what is read from either.
-template <int L, int C, bool KEYED, bool WIDE>
+template <int L, int C, bool KEYED, class Rows>
 __device__ __forceinline__ void settle_rows(
-    const Forward& p, int64_t first_row, int rows, const float* bias, const int* kept, uint32_t* chosen) {
+    const Forward& p, const Rows& rows, int64_t first_row, int count, const float* bias, const int* kept,
+    uint32_t* chosen) {
   const int at = threadIdx.x % kWarp;
-  const bool mine = at < rows && first_row + at < p.tokens;
+  const bool mine = at < count && first_row + at < p.tokens;
   const bool doubt = mine && chosen[at * p.top_k + p.top_k - 1] >> Packed<L, C>::kBits >= Packed<L, C>::kFar;
   for (unsigned left = __ballot_sync(kFull, doubt); left != 0; left &= left - 1) {
     const int row = __ffs(left) - 1;
-    exact_row<KEYED, WIDE>(
-        &p, first_row + row, bias, kept + row * p.groups, reinterpret_cast<int*>(chosen) + row * p.top_k);
+    exact_row<KEYED>(
+        &p, rows, first_row + row, bias, kept + row * p.groups, reinterpret_cast<int*>(chosen) + row * p.top_k);
   }
 }
 
@@ -297,18 +335,6 @@ __device__ __forceinline__ void scores_in_place_lean(const Forward& p, bool know
       sum[i % 4] += x[i];
     }
     s.inverse = reciprocal(row_sum<L>((sum[0] + sum[1]) + (sum[2] + sum[3])) + kEps);
-  }
-}
-
-template <int L, int C, bool WIDE>
-__device__ __forceinline__ void load_aligned(
-    const FloatArray& a, int64_t row, bool live, int num_experts, int gl, float pad, float (&x)[C * 8]) {
-  if constexpr (WIDE) {
-    load_vectors<kF32, L, C>(a.data, row, live, num_experts, gl, pad, x);
-  } else if (a.kind == kBF16) {
-    load_vectors<kBF16, L, C>(a.data, row, live, num_experts, gl, pad, x);
-  } else {
-    load_vectors<kF16, L, C>(a.data, row, live, num_experts, gl, pad, x);
   }
 }
 
