@@ -8,12 +8,14 @@ import torch
 
 
 def call_plain(op: Any, *args: Any, **kwargs: Any) -> Any:
-    """`op(...)` without its Python autograd wrapper, for calls that need no gradient from it.
+    """`op(...)` without its Python wrappers, for calls that need no gradient from it.
 
-    `torch.library.custom_op` puts that wrapper in front of every kernel, for integer tensors too and inside the forward
-    and backward of an autograd.Function, where it has nothing to do. torch.compile traces the op itself.
+    `torch.library.custom_op` puts two wrappers in front of every kernel: autograd, for integer tensors too and inside
+    the forward and backward of an autograd.Function, where it has nothing to do; and for mutated arguments one that
+    counts their versions, which costs 30 us a call and serves tensors that autograd has saved, which these never are.
+    torch.compile traces the op itself.
     """
     if torch.compiler.is_compiling():
         return op(*args, **kwargs)
-    with torch._C._AutoDispatchBelowAutograd():
+    with torch._C._AutoDispatchBelowADInplaceOrView():
         return op(*args, **kwargs)
