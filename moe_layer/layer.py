@@ -6,6 +6,7 @@ T tokens, D hidden, E experts, K top-k.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from moe_layer.errors import ConfigError, RoutingError
 from moe_layer.experts import Experts
 from moe_layer.experts.packed import pack, packed_experts
 from moe_layer.experts.parameters import local_part
+from moe_layer.experts.parts import Parts
 from moe_layer.experts.shared import SharedExpert, start_beside
 from moe_layer.ops.fan_out import LateProduct, fan_out
 from moe_layer.ops.kernels import note_first_cuda_use, require_kernels
@@ -177,36 +179,81 @@ class MoELayer(nn.Module):
             cu_seqlens=self._boundaries(x, cu_seqlens),
             replay=as_decision(replay, x.shape[:-1], self.config.router.top_k, device=x.device),
         )
-        received = self.dispatcher.dispatch(routed_TD, routing)
-        rows, add_TD = self._mlp(received, shared_TD)
-        y_TD = self.dispatcher.combine(rows, received, add=add_TD)
+        if self.config.dispatch.chunks == 1:
+            received = self.dispatcher.dispatch(routed_TD, routing)
+            rows, add_TD = self._mlp(received, shared_TD)
+            y_TD = self.dispatcher.combine(rows, received, add=add_TD)
+        else:
+            y_TD = self._in_parts(routed_TD, shared_TD, routing)
 
         y = y_TD if x.ndim == 2 else y_TD.reshape(x.shape)
         return (y, routing.detach()) if return_routing else y
 
     def _mlp(self, received: Received, x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
         """Routed rows through their experts, x through the shared one (`[T, D]`, None without it)."""
-        shared, share = self.shared_expert, self._share
-        if shared is None:
-            return self.experts(received), None
         if self._packed:
-            part_TD = x_TD if share is None else share.take(x_TD)
-            sum_gradient = None if share is None else share.sum_gradient
-            alignment = self.config.dispatch.alignment
-            rows, y_TD = packed_experts(
-                self.experts, shared, received, part_TD, alignment=alignment, sum_gradient=sum_gradient
-            )
-        else:
-            if share is not None and share.reduce:
-                share = None  # every rank has all tokens and the whole result
-            finish = start_beside(shared, x_TD if share is None else share.take(x_TD))
-            rows = self.experts(received)
-            y_TD = finish()
-        if share is not None:
-            y_TD = share.spread(y_TD, tokens=x_TD.shape[0])
-        if self.shared_expert_gate is not None:
-            y_TD = torch.sigmoid(self.shared_expert_gate(x_TD)) * y_TD
-        return rows, y_TD
+            return self._packed_mlp(received, x_TD)
+        shared = self._start_shared(x_TD)
+        rows = self.experts(received)
+        return rows, None if shared is None else shared()
+
+    def _in_parts(self, x_TD: Tensor, shared_TD: Tensor, routing: Routing) -> Tensor:
+        """`dispatch.chunks` parts of the tokens, one after the other; backward takes the last one first.
+
+        Each rank makes as many parts as its peers, empty ones too. A shared expert with GEMMs of its own sees all
+        tokens at once: it runs beside the first part.
+        """
+        T, count = x_TD.shape[0], self.config.dispatch.chunks
+        sizes = [T * (i + 1) // count - T * i // count for i in range(count)]
+        parts, y = Parts(count), []
+        shared = None if self._packed else self._start_shared(shared_TD)
+        adds: Sequence[Tensor | None] = [None] * count
+        # split, not slices: its backward joins the parts' gradients, where each slice's would be padded to [T, D]
+        pieces = zip(x_TD.split(sizes), shared_TD.split(sizes), routing.split(sizes), strict=True)
+        for i, (x_tD, shared_tD, part) in enumerate(pieces):
+            received = self.dispatcher.dispatch(x_tD, part)
+            if self._packed:
+                rows, add_tD = self._packed_mlp(received, shared_tD, parts)
+            else:
+                rows = self.experts(received, parts)
+                if shared is not None:
+                    adds, shared = shared().split(sizes), None
+                add_tD = adds[i]
+            y.append(self.dispatcher.combine(rows, received, add=add_tD))
+            del received, rows  # before the next part's are made
+        return torch.cat(y)
+
+    def _packed_mlp(self, received: Received, x_TD: Tensor, parts: Parts | None = None) -> tuple[Tensor, Tensor]:
+        share = self._share
+        assert self.shared_expert is not None
+        rows, y_TD = packed_experts(
+            self.experts,
+            self.shared_expert,
+            received,
+            x_TD if share is None else share.take(x_TD),
+            alignment=self.config.dispatch.alignment,
+            sum_gradient=None if share is None else share.sum_gradient,
+            parts=parts,
+        )
+        return rows, self._gated(y_TD if share is None else share.spread(y_TD, tokens=x_TD.shape[0]), x_TD)
+
+    def _start_shared(self, x_TD: Tensor) -> Callable[[], Tensor] | None:
+        """Start the shared expert beside what follows; the result waits for its output `[T, D]`."""
+        if self.shared_expert is None:
+            return None
+        # with `reduce` every rank has all tokens and the whole result
+        share = None if self._share is None or self._share.reduce else self._share
+        wait = start_beside(self.shared_expert, x_TD if share is None else share.take(x_TD))
+
+        def finish() -> Tensor:
+            y_TD = wait()
+            return self._gated(y_TD if share is None else share.spread(y_TD, tokens=x_TD.shape[0]), x_TD)
+
+        return finish
+
+    def _gated(self, y_TD: Tensor, x_TD: Tensor) -> Tensor:
+        gate = self.shared_expert_gate
+        return y_TD if gate is None else torch.sigmoid(gate(x_TD)) * y_TD
 
     def _boundaries(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
         if cu_seqlens is not None:
@@ -274,7 +321,7 @@ class MoELayer(nn.Module):
         and of other numbers of tokens, so that no later step waits for a compiler."""
         if num_tokens < 0:
             raise ValueError(f"num_tokens must be at least 0, got {num_tokens}")
-        self.experts.warmup()
+        self.experts.warmup(parts=self.config.dispatch.chunks)
         weight = self.router.weight
         with torch.no_grad():
             self(torch.zeros(num_tokens, self.config.hidden_size, dtype=weight.dtype, device=weight.device))

@@ -7,8 +7,8 @@ rows (one per received token), R ranks of the EP group, S sequences.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -88,6 +88,11 @@ class Routing:
         counts_E.index_add_(0, flat, routed_TK.flatten().to(torch.int32))
         weights_TK = torch.where(routed_TK, weights.float(), weights.new_zeros((), dtype=torch.float32))
         return cls(ids_TK=ids_TK, weights_TK=weights_TK, counts_E=counts_E)
+
+    def split(self, sizes: Sequence[int]) -> list[Routing]:
+        """Ids and weights of consecutive runs of tokens; the rest stays what it is for all tokens together."""
+        parts = zip(self.ids_TK.split(sizes), self.weights_TK.split(sizes), strict=True)
+        return [replace(self, ids_TK=ids, weights_TK=weights) for ids, weights in parts]
 
     def detach(self) -> Routing:
         """The same values without autograd history, for logs."""

@@ -106,6 +106,11 @@ class AllToAll:
                 f"dispatch.dispatch_format is {config.dispatch_format}, but perplexity's interface moves rows as they "
                 "are; set it to input, quantise before dispatch and pass dp_x_scale"
             )
+        if config.chunks != 1:
+            raise ConfigError(
+                f"dispatch.chunks is {config.chunks}, but perplexity's interface leaves it to you how many tokens a "
+                "call gets; set chunks to 1"
+            )
         if config.max_tokens_per_rank not in (None, max_num_tokens):
             raise ConfigError(
                 f"dispatch.max_tokens_per_rank is {config.max_tokens_per_rank} and max_num_tokens {max_num_tokens}; "

@@ -151,11 +151,19 @@ class DispatchConfig:
     """nvlink: multiprocessors that a send may occupy beside the computation (default: 32 out, 128 home)."""
     deadline_s: PositiveFloat = 60.0
     """Seconds a rank waits for its peers before it raises DispatchTimeout."""
+    chunks: PositiveInt = 1
+    """A layer routes all tokens once, then dispatches, computes and combines them in this many parts, one after the
+    other, so that the experts' temporary rows exist for one part at a time; buffers are sized for a part."""
     p2p_world_size: PositiveInt | None = None
     """all_to_all: consecutive ranks that reach each other directly; a token crosses once per remote domain of these."""
 
     def __post_init__(self) -> None:
         rules.check(self, rules.dispatch)
+
+    @property
+    def max_tokens_per_part(self) -> int | None:
+        """Most tokens of one dispatch: `max_tokens_per_rank / chunks`, rounded up."""
+        return None if self.max_tokens_per_rank is None else -(-self.max_tokens_per_rank // self.chunks)
 
 
 @dataclass(frozen=True, kw_only=True)

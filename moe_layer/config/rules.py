@@ -249,6 +249,7 @@ def _padded(c: model.MoEConfig) -> Problems:
         ("rows", d.rows, ("auto", "expert_major")),
         ("alignment", d.alignment, (1,)),
         ("capacity", d.capacity, ("dropless",)),
+        ("chunks", d.chunks, (1,)),
     ):
         if value not in wanted:
             yield (

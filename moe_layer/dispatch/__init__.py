@@ -79,7 +79,7 @@ def make_dispatcher(
         if backend == "all_gather":
             return AllGatherRoute(link, plan)
         if open_transport is not None:
-            return LibraryRoute(link, plan, open_transport=open_transport, max_tokens=config.max_tokens_per_rank or 0)
+            return LibraryRoute(link, plan, open_transport=open_transport, max_tokens=config.max_tokens_per_part or 0)
         if domain < ranks:
             return HierarchicalRoute(link, plan, domain=domain)
         return AllToAllRoute(link, plan)

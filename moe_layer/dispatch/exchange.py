@@ -206,14 +206,15 @@ class ExchangeDispatcher:
         return type(None), ()
 
     def _check_input(self, x_TD: Tensor, routing: Routing) -> None:
-        T, limit = x_TD.shape[0], self.config.max_tokens_per_rank
+        T, limit, chunks = x_TD.shape[0], self.config.max_tokens_per_part, self.config.chunks
         if routing.ids_TK.shape != (T, self.top_k):
             raise RoutingError(
                 f"ids must be [{T}, {self.top_k}] for x of {T} tokens, got {tuple(routing.ids_TK.shape)}"
             )
         if limit is not None and T > limit:
+            whole = "" if chunks == 1 else f", {self.config.max_tokens_per_rank} in {chunks} dispatch.chunks"
             raise CapacityError(
-                f"{T} tokens exceed dispatch.max_tokens_per_rank ({limit}); raise it or send fewer tokens"
+                f"{T} tokens exceed dispatch.max_tokens_per_rank ({limit}{whole}); raise it or send fewer tokens"
             )
 
 
@@ -338,7 +339,7 @@ def _arrange(call: Call, *, ids_CK: Tensor, token_C: Tensor) -> Arrangement:
             config=d.config,
             first_expert=d.first_expert,
             num_local=d.num_local,
-            capacity_slots=(d.config.max_tokens_per_rank or T) * d.top_k,
+            capacity_slots=(d.config.max_tokens_per_part or T) * d.top_k,
             rank_C=rank_C,
             token_C=token_C,
             num_ranks=d.link.size,

@@ -110,7 +110,7 @@ class LocalDispatcher:
     def _order(self, ids_TK: Tensor) -> tuple[SlotOrder, Tensor, Tensor | None]:
         """Row order, the ids that are kept, and which tokens a static buffer dropped."""
         if self.config.capacity == "static":
-            slots = (self.config.max_tokens_per_rank or ids_TK.shape[0]) * self.top_k
+            slots = (self.config.max_tokens_per_part or ids_TK.shape[0]) * self.top_k
             arranged = arrange(
                 ids_TK, config=self.config, first_expert=0, num_local=self.num_experts, capacity_slots=slots
             )

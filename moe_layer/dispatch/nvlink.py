@@ -65,9 +65,9 @@ class NvlinkDispatcher(ExchangeDispatcher):
         link: Link,
         token_format: TokenFormat | None = None,
     ) -> None:
-        if config.max_tokens_per_rank is None:
+        if config.max_tokens_per_part is None:
             raise ConfigError("dispatch.max_tokens_per_rank is required by backend nvlink, whose buffers it sizes")
-        self.max_tokens: int = config.max_tokens_per_rank
+        self.max_tokens: int = config.max_tokens_per_part
         super().__init__(
             config,
             num_experts=num_experts,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_layer.experts.compute import row_gradient, run_backward, run_forward
+from moe_layer.experts.parts import Parts
 from moe_layer.experts.spec import ExpertsSpec, Layout, Weights
 from moe_layer.types import GradientLink
 
@@ -52,11 +53,12 @@ class ExpertsFunction(torch.autograd.Function):
         spec: ExpertsSpec,
         parameters: tuple[nn.Parameter | None, ...],
         link: GradientLink | None,
+        parts: Parts | None,
         *tensors: Any,
     ) -> Tensor:
         split = len(Layout._fields)
         rows_ND, h = run_forward(Layout(*tensors[:split]), Weights(*tensors[split:]), spec)
-        ctx.spec, ctx.parameters, ctx.link = spec, parameters, link
+        ctx.spec, ctx.parameters, ctx.link, ctx.parts = spec, parameters, link, parts
         ctx.save_for_backward(*tensors, h)
         return rows_ND
 
@@ -64,7 +66,7 @@ class ExpertsFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_rows_ND: Tensor) -> tuple[Any, ...]:
         *tensors, h = ctx.saved_tensors
-        split, lead = len(Layout._fields), 3
+        split, lead = len(Layout._fields), 4
         layout, weights = Layout(*tensors[:split]), Weights(*tensors[split:])
         wanted = (lead, lead + Layout._fields.index("probs"), *range(lead + split, lead + len(tensors)))
         main_grads = [main_grad_of(p, name) for p, name in zip(ctx.parameters, NAMES, strict=True)]
@@ -76,6 +78,7 @@ class ExpertsFunction(torch.autograd.Function):
             ctx.spec,
             [ctx.needs_input_grad[i] for i in wanted],
             main_grads=main_grads,
+            parts=ctx.parts,
         )
         for parameter, main_grad in zip(ctx.parameters, main_grads, strict=True):
             if main_grad is not None:
@@ -93,13 +96,14 @@ def experts_mlp(
     *,
     parameters: tuple[nn.Parameter | None, ...],
     link: GradientLink | None = None,
+    parts: Parts | None = None,
 ) -> Tensor:
     """rows [N, D]: through `ExpertsFunction` in eager mode, through the op pair under torch.compile."""
     for parameter, name in zip(parameters, NAMES, strict=True):
         main_grad_of(parameter, name)
     if torch.compiler.is_compiling():
         return torch.ops.moe_layer.experts_fwd(*layout, *weights, *spec.as_arguments())[0]
-    rows_ND = ExpertsFunction.apply(spec, parameters, link, *layout, *weights)
+    rows_ND = ExpertsFunction.apply(spec, parameters, link, parts, *layout, *weights)
     if link is not None:
         link.accept(rows_ND)
     return rows_ND

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import moe_layer.ops.experts as op
 from moe_layer.experts import grouped_mm, quack, reference
+from moe_layer.experts.parts import Parts
 from moe_layer.experts.spec import ExpertsSpec, Layout, RowGradient, Weights, WeightTargets
 from moe_layer.ops.cast import cast, dense, no_autocast
 from moe_layer.ops.gather_rows import gather_rows
@@ -51,10 +52,18 @@ def run_backward(
     needs: Sequence[bool],
     *,
     main_grads: Sequence[Tensor | None] = (None, None, None, None),
+    parts: Parts | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, probs and the four weights, None where `needs` is False or where they went to a main_grad."""
+    """Gradients of x, probs and the four weights, None where `needs` is False or where they went to a main_grad.
+
+    The weights' gradients of one of several `parts` are None until the last one returns the sum.
+    """
+
+    def make() -> WeightTargets:
+        return _targets(weights, needs[2:], main_grads)
+
     with no_autocast(layout.x.device.type):
-        targets = _targets(weights, needs[2:], main_grads)
+        targets, last = (make(), True) if parts is None else parts.targets(make)
         if spec.keep_h == "fp8":
             h = unpack_fp8(h, weights.gate_up.shape[1], spec.compute_dtype)
         d_x, d_probs = BACKENDS[spec.backend].backward(
@@ -69,8 +78,8 @@ def run_backward(
         if d_x is not None:
             d_x = to_source_rows(d_x, layout, spec)
         d_weights = tuple(
-            None if target is None or add else target
-            for target, add in zip(targets[:4], targets.accumulate, strict=True)
+            target if last and main_grad is None else None
+            for target, main_grad in zip(targets[:4], main_grads, strict=True)
         )
         return (d_x, d_probs if needs[1] else None, *d_weights)
 

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from moe_layer.experts.autograd import main_grad_of
 from moe_layer.experts.compute import row_gradient, run_backward, run_forward
 from moe_layer.experts.parameters import Experts, local_part
+from moe_layer.experts.parts import Parts
 from moe_layer.experts.shared import SharedExpert
 from moe_layer.experts.spec import Layout, RowGradient, Weights
 from moe_layer.parallel.compat import set_local
@@ -95,6 +96,7 @@ def packed_experts(
     *,
     alignment: int = 1,
     sum_gradient: Callable[[Tensor], Tensor] | None = None,
+    parts: Parts | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`experts(received)` and `shared(x_TD)` in one grouped call.
 
@@ -104,6 +106,7 @@ def packed_experts(
         x_TD: the shared expert's rows `[T, D]`, in the dtype of `received.rows`.
         alignment: the shared group is padded with zero rows to a multiple of this, as the others are.
         sum_gradient: applied to the shared expert's weight gradients (`replicated`: ranks share the tokens).
+        parts: see `Experts.forward`.
 
     Returns:
         rows `[N, D]` and the shared expert's output `[T, D]`.
@@ -115,8 +118,12 @@ def packed_experts(
     _main_grads(owners)
     spec = experts.spec(received)
     ints = (received.offsets_L1, received.counts_L, received.index_N, received.row_CK, received.ids_CK)
-    static = (spec, owners, received.link, sum_gradient, -x_TD.shape[0] % alignment)
-    weights = [local_part(owner) for owner in owners]
+    static = (spec, owners, received.link, sum_gradient, -x_TD.shape[0] % alignment, parts)
+
+    def local() -> list[Tensor]:
+        return [local_part(owner) for owner in owners]
+
+    weights = local() if parts is None else parts.weights(local)
     rows_ND, y_TD = _PackedExperts.apply(static, ints, received.rows, received.act_probs_N, x_TD, *weights)
     if received.link is not None:
         received.link.accept(rows_ND)
@@ -173,7 +180,7 @@ class _PackedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, static: tuple, ints: tuple, rows: Tensor, probs: Tensor | None, x: Tensor, *w: Tensor) -> Any:
-        spec, _, _, _, pads = static
+        spec, _, _, _, pads, _ = static
         out, h = run_forward(_layout(ints, rows, probs, x, pads), _packed_weights(w), spec)
         ctx.static, ctx.ints = static, ints
         ctx.save_for_backward(rows, probs, x, *w, h)
@@ -183,13 +190,15 @@ class _PackedExperts(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_rows: Tensor, d_y: Tensor) -> tuple[Any, ...]:
-        spec, owners, link, sum_gradient, pads = ctx.static
+        spec, owners, link, sum_gradient, pads, parts = ctx.static
         rows, probs, x, *w, h = ctx.saved_tensors
         need_rows, need_probs, need_x, *need_w = ctx.needs_input_grad[2:]
         layout = _layout(ctx.ints, rows, probs, x, pads)
         needs = (need_rows or need_x, need_probs, any(need_w[:3]), any(need_w[3:]), False, False)
         gradient = _gradient(d_rows, d_y, link, pads)
-        d_in, d_probs, d_gate_up, d_down, *_ = run_backward(gradient, h, layout, _packed_weights(tuple(w)), spec, needs)
+        d_in, d_probs, d_gate_up, d_down, *_ = run_backward(
+            gradient, h, layout, _packed_weights(tuple(w)), spec, needs, parts=parts
+        )
         T = x.shape[0]
         A = T if layout.index is not None else T + pads
         d_weights = _split(d_gate_up, d_down, need_w, width=w[1].shape[0], sum_gradient=sum_gradient)

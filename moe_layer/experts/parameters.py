@@ -14,6 +14,7 @@ from moe_layer.config.model import ExpertsConfig
 from moe_layer.experts import quack, quantized, transformer_engine
 from moe_layer.experts.autograd import experts_mlp
 from moe_layer.experts.backend import resolve
+from moe_layer.experts.parts import Parts
 from moe_layer.experts.spec import ExpertsSpec, Layout, Weights
 from moe_layer.parallel.compat import broadcast
 from moe_layer.types import Received
@@ -91,12 +92,13 @@ class Experts(nn.Module):
             if bias is not None:
                 local_part(bias).zero_()
 
-    def forward(self, received: Received) -> Tensor:
+    def forward(self, received: Received, parts: Parts | None = None) -> Tensor:
         """The MLP's output for each expert-major row.
 
         Args:
             received: what a dispatcher delivered. `act_probs_N` (fp32, or None) multiplies the activation before the
                 down projection, and the down bias. Rows past the last offset are never read.
+            parts: where this is one of several calls whose weight gradients are to be added up.
 
         Returns:
             rows [N, D], expert-major, in the dtype of `received.rows`; pads and the tail are undefined.
@@ -106,12 +108,16 @@ class Experts(nn.Module):
             ValueError: shapes that do not fit, a backend that cannot run this, a main_grad that cannot be honoured.
         """
         parameters = (self.gate_up_proj, self.down_proj, self.gate_up_proj_bias, self.down_proj_bias)
-        weights = Weights(
-            gate_up=local_part(self.gate_up_proj),
-            down=local_part(self.down_proj),
-            gate_up_bias=local_part(self.gate_up_proj_bias),
-            down_bias=local_part(self.down_proj_bias),
-        )
+
+        def local() -> Weights:
+            return Weights(
+                gate_up=local_part(self.gate_up_proj),
+                down=local_part(self.down_proj),
+                gate_up_bias=local_part(self.gate_up_proj_bias),
+                down_bias=local_part(self.down_proj_bias),
+            )
+
+        weights = local() if parts is None else parts.weights(local)
         spec = self.spec(received)
         layout = Layout(
             x=received.rows,
@@ -142,7 +148,7 @@ class Experts(nn.Module):
                 fp8_recipe=config.fp8_recipe,
                 modules=self._grouped_linears,
             )
-        return experts_mlp(layout, weights, spec, parameters=parameters, link=received.link)
+        return experts_mlp(layout, weights, spec, parameters=parameters, link=received.link, parts=parts)
 
     def spec(self, received: Received) -> ExpertsSpec:
         """The static facts of a call on these rows, with the backend that will run it.
@@ -161,11 +167,12 @@ class Experts(nn.Module):
             num_experts=received.plan.num_experts,
         )
 
-    def warmup(self, dtype: torch.dtype | None = None) -> None:
+    def warmup(self, dtype: torch.dtype | None = None, *, parts: int = 1) -> None:
         """Compile what the backend compiles at first use, for every number of rows (quack; nothing for the others).
 
         Args:
             dtype: of the GEMMs (default: autocast's where it is on, else the parameters').
+            parts: calls of a pass, whose weight gradients are added up where there are several.
 
         Raises:
             ValueError: the configured backend cannot run here.
@@ -176,9 +183,10 @@ class Experts(nn.Module):
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else gate_up.dtype
         if gate_up.is_meta or self._backend(gate_up.device, dtype) != "quack":
             return
-        main_grads = any(getattr(p, "main_grad", None) is not None for p in (self.gate_up_proj, self.down_proj))
-        shapes = Weights(gate_up[:1].to(dtype), down[:1].to(dtype), None, None)
-        quack.warmup(shapes, main_grads=main_grads)
+        sums = {gate_up.dtype} if parts > 1 else set()
+        if any(getattr(p, "main_grad", None) is not None for p in (self.gate_up_proj, self.down_proj)):
+            sums.add(torch.float32)
+        quack.warmup(Weights(gate_up[:1].to(dtype), down[:1].to(dtype), None, None), sums=sums)
 
     def _backend(self, device: torch.device, dtype: torch.dtype) -> str:
         config = self.config

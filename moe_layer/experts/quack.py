@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -102,29 +103,31 @@ def backward(
     )
     add_gate_up, add_down = targets.accumulate[:2]
     if targets.down is not None:
+        reduces = add_down and targets.down.dtype == torch.float32
         plans.matmul(
             "d_down",
             d_out.rows.mT,
             a_NF.mT,
             targets.down,
-            tile=tiles.add_down if add_down else tiles.d_down,
+            tile=tiles.add_down if reduces else tiles.d_down,
             depth=ends,
             index=d_out.index,
             accumulate=add_down,
-            by_load=tiles.add_by_load,
+            by_load=tiles.add_by_load or not reduces,
         )
     if targets.gate_up is not None:
+        reduces = add_gate_up and targets.gate_up.dtype == torch.float32
         plans.matmul(
             "d_gate_up",
             x.mT,
             d_h_N2F.mT,
             targets.gate_up.mT,
-            tile=tiles.add_gate_up if add_gate_up else tiles.d_gate_up,
+            tile=tiles.add_gate_up if reduces else tiles.d_gate_up,
             depth=ends,
             index=layout.index,
             concat=("out",),
             accumulate=add_gate_up,
-            by_load=tiles.add_by_load,
+            by_load=tiles.add_by_load or not reduces,
         )
     d_x_ND = None
     if need_x:
@@ -134,7 +137,7 @@ def backward(
 
 
 @torch.no_grad()
-def warmup(weights: Weights, *, main_grads: bool) -> None:
+def warmup(weights: Weights, *, sums: Collection[torch.dtype] = ()) -> None:
     """Compile (or read from QuACK's cache) every kernel that experts of this width and hidden size may launch.
 
     Plans do not depend on the number of experts, so one expert of zeros stands for all; each number of rows that the
@@ -142,7 +145,7 @@ def warmup(weights: Weights, *, main_grads: bool) -> None:
 
     Args:
         weights: bf16 parameters on the GPU; only their shapes, dtype and device are used.
-        main_grads: also the accumulation into fp32.
+        sums: also weight gradients that are added to tensors of these dtypes (main_grads, `dispatch.chunks`).
     """
     hidden, width = weights.down.shape[1:]
     down = weights.down.new_zeros(1, hidden, width)
@@ -156,8 +159,7 @@ def warmup(weights: Weights, *, main_grads: bool) -> None:
         seen.add(tiles)
         layout = _fake_layout(down, num_rows)
         _, h_N2F = forward(layout, fake, spec)
-        for add in (False, True) if main_grads else (False,):
-            dtype = torch.float32 if add else down.dtype
+        for dtype, add in ((down.dtype, False), *((dtype, True) for dtype in sums)):
             targets = WeightTargets(
                 torch.zeros_like(fake.gate_up, dtype=dtype), torch.zeros_like(down, dtype=dtype), None, None, (add,) * 4
             )

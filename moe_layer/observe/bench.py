@@ -11,6 +11,7 @@ SCRIPTS = {
     "router": ("router.py", "the router op on one GPU: CUDA-graph medians of forward and backward"),
     "layer": ("layer_gpu.py", "the layer on one GPU: eager, CUDA graph, its own six GEMMs"),
     "dispatch": ("dispatch.py", "dispatch, combine and the layer over two GPUs, beside NCCL without deduplication"),
+    "chunks": ("chunks.py", "the layer in 1, 2, 4 parts of the tokens: time and peak memory, one GPU"),
     "shared": ("shared.py", "the layer with its shared expert packed and apart, one GPU"),
     "replay": ("replay.py", "recording and replaying: the layer's step and the router, eager and in CUDA graphs"),
     "tune": ("tune.py", "tiles of the Hopper GEMMs on this GPU, each try in a process with a timeout"),

@@ -84,7 +84,7 @@ def _experts_temporary(config: TrainConfig, tokens: int, b: int, *, cpu: bool) -
     Measured on an H200 without our kernels: 2,688 MiB at T 32768, K 4, D 1024, F 512. CPU holds one expert's rows.
     """
     moe = config.moe
-    slots = tokens * moe.router.top_k // (moe.router.num_experts if cpu else 1)
+    slots = tokens * moe.router.top_k // moe.dispatch.chunks // (moe.router.num_experts if cpu else 1)
     return slots * (moe.hidden_size * b + 10 * moe.experts.intermediate_size * max(4, b))
 
 

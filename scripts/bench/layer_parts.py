@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_layer.config import ExpertsConfig, LossesConfig, MoEConfig, RouterConfig
+from moe_layer.config import DispatchConfig, ExpertsConfig, LossesConfig, MoEConfig, RouterConfig
 from moe_layer.experts import quack
 from moe_layer.experts.spec import ExpertsSpec, Layout, RowGradient, Weights, WeightTargets
 from moe_layer.layer import MoELayer
@@ -32,13 +32,16 @@ def milliseconds(function: Step, n: int = 1) -> float:
     return start.elapsed_time(end) / n
 
 
-def make_layer(shape: tuple[int, ...], backend: str, *, losses: bool = False, recompute: str = "none") -> MoELayer:
+def make_layer(
+    shape: tuple[int, ...], backend: str, *, losses: bool = False, recompute: str = "none", chunks: int = 1
+) -> MoELayer:
     _, hidden, width, experts, top_k = shape
     config = MoEConfig(
         hidden_size=hidden,
         router=RouterConfig(num_experts=experts, top_k=top_k),
         experts=ExpertsConfig(intermediate_size=width, backend=backend, recompute=recompute),
         losses=LossesConfig(aux="batch", aux_coeff=1e-3, z_coeff=1e-3) if losses else LossesConfig(),
+        dispatch=DispatchConfig(chunks=chunks),
     )
     torch.manual_seed(0)
     return MoELayer(config, device="cuda", dtype=torch.bfloat16)

@@ -152,7 +152,12 @@ def test_wrong_arguments_of_combine(change: dict[str, Any], error: type[Exceptio
 
 
 def test_construction_and_too_many_tokens() -> None:
-    for config in (DispatchConfig(), config_of(rows="compact"), config_of(capacity="static", max_tokens_per_rank=4)):
+    for config in (
+        DispatchConfig(),
+        config_of(rows="compact"),
+        config_of(capacity="static", max_tokens_per_rank=4),
+        config_of(chunks=2),
+    ):
         with pytest.raises(ConfigError):
             make(None, config=config)
     assert isinstance(make(None, config=config_of(capacity="static", max_tokens_per_rank=MOST)), AllToAll)

@@ -71,6 +71,20 @@ def received(config: MoEConfig) -> Any:
     return tuple(got.rows.shape), got.index_N is None, got.act_probs_N is None, offsets, tuple(got.probs_N.shape)
 
 
+def dispatched(config: MoEConfig) -> Any:
+    """Tokens of each dispatch of one pass."""
+    layer, x = _layer(config)
+    dispatch, tokens = layer.dispatcher.dispatch, []
+
+    def count(x_TD: Tensor, *arguments: Any) -> Any:
+        tokens.append(x_TD.shape[0])
+        return dispatch(x_TD, *arguments)
+
+    layer.dispatcher.dispatch = count  # type: ignore[method-assign]
+    layer(x)
+    return tokens
+
+
 def received_or_overflow(config: MoEConfig) -> Any:
     try:
         return received(config)
@@ -208,6 +222,7 @@ LAYER_CASES = (
     Case("moe.dispatch.static_factor", "2.0", received, STATIC),
     Case("moe.dispatch.overflow", "drop", received_or_overflow, (*STATIC, "dispatch.static_factor=0.5")),
     Case("moe.dispatch.max_tokens_per_rank", "48", received, STATIC),
+    Case("moe.dispatch.chunks", "5", dispatched),
     Case("moe.replay.weights", "recorded", replayed),
     Case("moe.replay.weights", "straight_through", replayed),
     Case("moe.replay.on_missing", "raise", replayed_with_gaps, raises="replay slots are -1"),
