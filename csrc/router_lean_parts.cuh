@@ -6,7 +6,7 @@
 // selected again with whole keys (`exact_row`). All packed keys of a row differ and equal keys go to the lower id by themselves.
 #pragma once
 
-#include "router_fwd_outputs.cuh"
+#include "router_rows.cuh"
 
 namespace moe_layer::router {
 
@@ -188,52 +188,6 @@ __device__ __forceinline__ void pack_keys_lean(
   for (int c = 0; c < C; ++c) base[c] = base_of<L, C>(p, c, gl, allowed);
   pack_whole<L, C>(key, bad, base, v);
 }
-
-template <bool WIDE>
-__device__ __forceinline__ float load_logit(const FloatArray& a, int64_t i) {
-  if constexpr (WIDE) {
-    return __ldg(static_cast<const float*>(a.data) + i);
-  } else {
-    const uint16_t bits = __ldg(static_cast<const uint16_t*>(a.data) + i);
-    return a.kind == kBF16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16) : __half2float(__ushort_as_half(bits));
-  }
-}
-
-// Where the rows of logits stand: these in global memory, as the caller gave them; those of router_gate.cuh in shared memory.
-template <bool W>
-struct GlobalRows {
-  static constexpr bool kWide = W, kGlobal = true;  // fp32, not bf16 or fp16; worth a prefetch
-  const Forward& p;
-
-  // A few rows counted from the first of them, so that an index takes 32 bits.
-  struct Near {
-    const void* data;
-    int kind, experts;
-
-    __device__ __forceinline__ float at(int row, int expert) const {
-      return load_logit<W>({data, kind}, row * experts + expert);
-    }
-  };
-
-  __device__ __forceinline__ Near from(int64_t row) const {
-    return {static_cast<const char*>(p.logits.data) + row * p.experts * (W ? 4 : 2), p.logits.kind, p.experts};
-  }
-
-  __device__ __forceinline__ float at(int64_t row, int expert) const {
-    return load_logit<W>(p.logits, row * p.experts + expert);
-  }
-
-  template <int L, int C>
-  __device__ __forceinline__ void load(int64_t row, bool live, int gl, float (&x)[C * 8]) const {
-    if constexpr (W) {
-      load_vectors<kF32, L, C>(p.logits.data, row, live, p.experts, gl, kPad, x);
-    } else if (p.logits.kind == kBF16) {
-      load_vectors<kBF16, L, C>(p.logits.data, row, live, p.experts, gl, kPad, x);
-    } else {
-      load_vectors<kF16, L, C>(p.logits.data, row, live, p.experts, gl, kPad, x);
-    }
-  }
-};
 
 // One row of at most 512 experts selected with whole keys by the calling warp: the K-th best lies far below the best, or is not
 // finite. Of normally distributed fp32 logits 1 row in 100 at 384 and 512 experts, 3 of 8 experts with K 2, none at 64 to 256. Lane l
