@@ -93,6 +93,26 @@ def test_tokens_of_their_own(pool: Pool, backend: str, rows: str, shared: str, e
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"backend": "all_to_all", "p2p_world_size": 2},
+        {"backend": "all_to_all", "apply_probs": "combine"},
+        {"backend": "nvlink", "apply_probs": "source"},
+        {"backend": "nvlink", "alignment": 8, "ring_depth": 1},
+    ],
+)
+def test_other_ways(pool: Pool, keys: dict[str, Any]) -> None:
+    """Two domains of two ranks, other places of the probabilities, pads, a ring of one slot."""
+    want = one_rank("none")
+    results = pool.run(on_ranks, {**keys, "chunks": 2}, "none", 4, [0, 2, 2, 11, 22])
+    for name in ("y", "dx"):
+        assert_close(torch.cat([result[name] for result in results]), want[name], name)
+    for name in ("experts.gate_up_proj", "experts.down_proj"):
+        assert_close(results[0][name], want[name], name)
+
+
+@pytest.mark.dist
 @pytest.mark.parametrize("backend", ["all_to_all", "nvlink"])
 @pytest.mark.parametrize("shared", ["overlap", "packed"])
 def test_static_capacity_is_that_of_a_part(pool: Pool, backend: str, shared: str) -> None:

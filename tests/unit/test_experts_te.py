@@ -11,10 +11,11 @@ import pytest
 import torch
 from experts_inputs import ACTIVATIONS, D, E, gradients, make_experts, make_inputs, make_received
 
-from moe_layer.config import ExpertsConfig, MoEConfig, RouterConfig, SharedExpertConfig
+from moe_layer.config import DispatchConfig, ExpertsConfig, MoEConfig, RouterConfig, SharedExpertConfig
 from moe_layer.errors import ConfigError
 from moe_layer.experts import Experts, transformer_engine
 from moe_layer.experts.backend import resolve
+from moe_layer.layer import MoELayer
 from tests import te_double as double
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -203,3 +204,24 @@ def test_settings_that_contradict() -> None:
             experts=ExpertsConfig(intermediate_size=16, backend="transformer_engine"),
             shared_expert=SharedExpertConfig(intermediate_size=16, mode="packed"),
         )
+
+
+@pytest.mark.parametrize("T", [13, 2])
+def test_parts_of_the_tokens(te: None, T: int) -> None:
+    """`dispatch.chunks`: several calls of the GEMMs in a pass, an empty one too; autograd adds up their gradients."""
+
+    def run(backend: str, chunks: int) -> list[torch.Tensor]:
+        config = MoEConfig(
+            hidden_size=D,
+            router=RouterConfig(num_experts=E, top_k=2),
+            experts=ExpertsConfig(intermediate_size=16, backend=backend, init_std=0.3),  # type: ignore[arg-type]
+            dispatch=DispatchConfig(chunks=chunks),
+        )
+        torch.manual_seed(0)
+        layer, x, upstream = MoELayer(config), torch.randn(T, D, requires_grad=True), torch.randn(T, D)
+        y = layer(x)
+        return [y, *torch.autograd.grad(y, (x, *layer.parameters()), upstream)]
+
+    for got, want in zip(run("transformer_engine", 3), run("reference", 1), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert len(double.seen) == 2 * min(T, 3)
