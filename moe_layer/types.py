@@ -180,11 +180,12 @@ class GradientLink:
 
     def put(self, d_y_TD: Tensor) -> Tensor:
         """Keep d(y) for `take`; returns the zeros [N, D] that stand for d(rows)."""
+        shape = (self.index_N.shape[0], d_y_TD.shape[1])
         if d_y_TD.element_size() <= 4:
-            zero = self._offsets[:1].view(d_y_TD.dtype)[:1]  # no launch
+            zeros = self._offsets.view(d_y_TD.dtype).as_strided(shape, (0, 0))  # no launch
         else:
-            zero = torch.zeros(1, dtype=d_y_TD.dtype, device=d_y_TD.device)
-        self._d_y, self._zeros = d_y_TD, zero.expand(self.index_N.shape[0], d_y_TD.shape[1])
+            zeros = torch.zeros(1, dtype=d_y_TD.dtype, device=d_y_TD.device).expand(shape)
+        self._d_y, self._zeros = d_y_TD, zeros
         return self._zeros
 
     def take(self, d_rows_ND: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -88,7 +88,7 @@ class LocalDispatcher:
             act_probs_N=probs_N if in_activation else None,
             offsets_L1=order.offsets_L1,
             counts_L=order.counts_L,
-            split=order.counts_L.unsqueeze(1),
+            split=partial(order.counts_L.unsqueeze, 1),
             first_expert=0,
             src=partial(_sources, order, self.top_k),
             row_CK=order.row_CK,

@@ -45,7 +45,10 @@ def main_grad_of(parameter: Tensor | None, name: str) -> Tensor | None:
 
 
 class ExpertsFunction(torch.autograd.Function):
-    """rows [N, D] from the fields of Layout and Weights; `parameters` are the weights' owners (for main_grad)."""
+    """rows [N, D] of a layout; its x and probs and the fields of Weights once more, for autograd.
+
+    `parameters` are the weights' owners (for main_grad).
+    """
 
     @staticmethod
     def forward(
@@ -54,39 +57,40 @@ class ExpertsFunction(torch.autograd.Function):
         parameters: tuple[nn.Parameter | None, ...],
         link: GradientLink | None,
         parts: Parts | None,
-        *tensors: Any,
+        layout: Layout,
+        x: Tensor,
+        probs: Tensor | None,
+        *weights: Any,
     ) -> Tensor:
-        split = len(Layout._fields)
-        rows_ND, h = run_forward(Layout(*tensors[:split]), Weights(*tensors[split:]), spec)
+        layout = layout._replace(x=x, probs=probs)
+        rows_ND, h = run_forward(layout, Weights(*weights), spec)
         ctx.spec, ctx.parameters, ctx.link, ctx.parts = spec, parameters, link, parts
-        ctx.save_for_backward(*tensors, h)
+        ctx.save_for_backward(*layout, *weights, h)
         return rows_ND
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_rows_ND: Tensor) -> tuple[Any, ...]:
         *tensors, h = ctx.saved_tensors
-        split, lead = len(Layout._fields), 4
-        layout, weights = Layout(*tensors[:split]), Weights(*tensors[split:])
-        wanted = (lead, lead + Layout._fields.index("probs"), *range(lead + split, lead + len(tensors)))
+        split = len(Layout._fields)
         main_grads = [main_grad_of(p, name) for p, name in zip(ctx.parameters, NAMES, strict=True)]
         found = run_backward(
             row_gradient(d_rows_ND, ctx.link),
             h,
-            layout,
-            weights,
+            Layout(*tensors[:split]),
+            Weights(*tensors[split:]),
             ctx.spec,
-            [ctx.needs_input_grad[i] for i in wanted],
+            ctx.needs_input_grad[_NOT_DIFFERENTIABLE:],
             main_grads=main_grads,
             parts=ctx.parts,
         )
         for parameter, main_grad in zip(ctx.parameters, main_grads, strict=True):
             if main_grad is not None:
                 parameter.grad_added_to_main_grad = True
-        result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        for i, gradient in zip(wanted, found, strict=True):
-            result[i] = gradient
-        return tuple(result)
+        return (*(None,) * _NOT_DIFFERENTIABLE, *found)
+
+
+_NOT_DIFFERENTIABLE = 5  # the first arguments of ExpertsFunction
 
 
 def experts_mlp(
@@ -103,7 +107,7 @@ def experts_mlp(
         main_grad_of(parameter, name)
     if torch.compiler.is_compiling():
         return torch.ops.moe_layer.experts_fwd(*layout, *weights, *spec.as_arguments())[0]
-    rows_ND = ExpertsFunction.apply(spec, parameters, link, parts, *layout, *weights)
+    rows_ND = ExpertsFunction.apply(spec, parameters, link, parts, layout, layout.x, layout.probs, *weights)
     if link is not None:
         link.accept(rows_ND)
     return rows_ND

@@ -86,12 +86,12 @@ def _count(ctx: Any) -> None:
 
 def _backward(ctx: Any, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
     _count(ctx)
-    return (d_weights, _d_losses(ctx, 1), *[None] * 7)
+    return (d_weights, _d_losses(ctx), *[None] * 7)
 
 
-def _d_losses(ctx: Any, position: int) -> Tensor | None:
-    """`scale` for each loss, where the input at `position`, the losses, wants a gradient."""
-    if not ctx.needs_input_grad[position]:
+def _d_losses(ctx: Any) -> Tensor | None:
+    """`scale` for each loss, where the second input, the losses, wants a gradient."""
+    if not ctx.needs_input_grad[1]:
         return None
     shape, dtype = ctx.losses_like
     return ctx.scale.to(dtype).expand(shape)
@@ -101,19 +101,24 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _EagerDoor(torch.autograd.Function):
-    """The op's autograd for eager mode, from the same functions; see `route_topk._EagerDoor` for why."""
+    """The op's autograd for eager mode, from the same functions; see `route_topk._EagerDoor` for why.
+
+    `others`: the op's other arguments, which take no part in autograd; in one tuple, as each costs the host a little.
+    """
 
     @staticmethod
-    def forward(ctx: Any, log_events: Tensor | None, weights: Tensor, *inputs: Any) -> Tensor:
+    def forward(
+        ctx: Any, weights: Tensor, losses: Tensor | None, others: tuple[Tensor | None, ...], log_events: tuple[Any]
+    ) -> Tensor:
         output = weights.view_as(weights)
-        _setup_context(ctx, (weights, *inputs), output)
-        ctx.log_events = log_events
+        _setup_context(ctx, (weights, losses, *others), output)
+        (ctx.log_events,) = log_events
         return output
 
     @staticmethod
     def backward(ctx: Any, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
         _count(ctx)
-        return (None, d_weights, _d_losses(ctx, 2), *[None] * 7)
+        return d_weights, _d_losses(ctx), None, None
 
 
 def attach_losses(
@@ -158,10 +163,10 @@ def attach_losses(
         return weights_TK
     if log_values is not None:
         log_values = log_values.detach()
-    inputs = (weights_TK, losses, scale, counts, tokens_per_expert, log_values, log_sums, aux_counts, aux_history)
+    others = (scale, counts, tokens_per_expert, log_values, log_sums, aux_counts, aux_history)
     if torch.compiler.is_compiling():
-        return torch.ops.moe_layer.attach_losses(*inputs)
-    return _EagerDoor.apply(log_events, *inputs)
+        return torch.ops.moe_layer.attach_losses(weights_TK, losses, *others)
+    return _EagerDoor.apply(weights_TK, losses, others, (log_events,))
 
 
 def _check_counter(name: str, counter: Tensor | None, values: Tensor | None, *, integer: bool) -> None:
