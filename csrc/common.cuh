@@ -117,9 +117,28 @@ inline const T* in_ptr(const std::optional<Tensor>& t) {
   return t.has_value() ? in_ptr<T>(*t) : nullptr;
 }
 
-// Uninitialised tensor on the device of `like`.
+// Contiguous in memory; free where it is already (torch's op goes through the dispatcher either way).
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// Uninitialised tensor on the device of `like`. By the C function: torch::stable::new_empty looks the op up by its name in
+// every call, and a step of ours makes some forty tensors.
 inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+  constexpr size_t kMostDims = 4;
+  STD_TORCH_CHECK(sizes.size() <= kMostDims, "new_empty serves at most ", kMostDims, " dimensions, got ", sizes.size());
+  const int64_t* size = sizes.begin();
+  const int64_t ndim = static_cast<int64_t>(sizes.size());
+  int64_t strides[kMostDims] = {}, stride = 1;
+  for (int64_t i = ndim - 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= size[i] > 1 ? size[i] : 1;
+  }
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(ndim, size, strides, type, device_type, like.get_device_index(), &made));
+  return Tensor(made);
 }
 
 inline Tensor new_zeros(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {

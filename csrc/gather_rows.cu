@@ -38,7 +38,7 @@ void launch(const Tensor& x, const Tensor& index, Tensor& out, int64_t row_bytes
 }
 
 Tensor gather_rows(const Tensor& x_in, const Tensor& index_in) {
-  const Tensor x = torch::stable::contiguous(x_in), index = torch::stable::contiguous(index_in);
+  const Tensor x = dense(x_in), index = dense(index_in);
   check_tensor(x, "x", x.scalar_type(), 2);
   check_tensor(index, "index", index.scalar_type() == ScalarType::Long ? ScalarType::Long : ScalarType::Int, 1);
   check_same_device(index, "index", x);

@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kThreads) place_slots_kernel(SortArgs args) {
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Outputs sort_slots(const Tensor& ids_in, int64_t first_expert, int64_t num_local, int64_t alignment, int64_t num_rows) {
-  const Tensor ids = torch::stable::contiguous(ids_in);
+  const Tensor ids = dense(ids_in);
   check_tensor(ids, "ids", ScalarType::Int, 2);
   STD_TORCH_CHECK(num_local >= 1 && num_local <= 8192, "num_local must lie in [1, 8192], got ", num_local);
   STD_TORCH_CHECK(alignment >= 1, "alignment must be positive, got ", alignment);

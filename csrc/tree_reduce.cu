@@ -243,9 +243,9 @@ Tensor tree_reduce(
     const Tensor& rows_in, const Tensor& row_in, const Tensor& ids_in, const std::optional<Tensor>& weights_in,
     const std::optional<Tensor>& src, int64_t num_experts, int64_t blocks, const std::optional<Tensor>& add_in,
     bool round_to_rows, bool like_rows) {
-  const Tensor rows = torch::stable::contiguous(rows_in);
-  const Tensor row_MK = torch::stable::contiguous(row_in);
-  const Tensor ids_MK = torch::stable::contiguous(ids_in);
+  const Tensor rows = dense(rows_in);
+  const Tensor row_MK = dense(row_in);
+  const Tensor ids_MK = dense(ids_in);
   const ScalarType dtype = rows.scalar_type();
   check_tensor(rows, "rows", dtype, 2);
   check_tensor(row_MK, "row_MK", ScalarType::Int, 2);
@@ -261,11 +261,11 @@ Tensor tree_reduce(
 
   std::optional<Tensor> weights, add;
   if (weights_in.has_value()) {
-    weights = torch::stable::contiguous(*weights_in);
+    weights = dense(*weights_in);
     check_tensor(*weights, "weights_MK", ScalarType::Float, 2);
   }
   if (add_in.has_value()) {
-    add = torch::stable::contiguous(*add_in);
+    add = dense(*add_in);
     check_tensor(*add, "add", out_dtype, 2);
     check_size(*add, "add", 0, M);
   }
