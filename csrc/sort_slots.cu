@@ -3,6 +3,7 @@
 // A stable counting sort in two launches. The slots are cut into one contiguous piece per block and one contiguous
 // segment per warp: the first kernel counts experts per piece; in the second every block sums the counts of the pieces
 // before it, and its warps rank their segments in order. No atomic decides an order, so rows are the same in every run.
+// The slots' weights are written in the rows' order on the way.
 
 #include "common.cuh"
 
@@ -31,6 +32,15 @@ struct SortArgs {
   int32_t* row_P;
   int32_t* offsets_L1;
   int32_t* counts_L;
+  const float* weights_P;  // null: no probabilities
+  float* probs_N;
+
+  // A row of nobody: a pad or the tail.
+  __device__ __forceinline__ void clear(int64_t row) const {
+    slot_N[row] = token_N[row] = -1;
+    index_N[row] = 0;
+    if (weights_P != nullptr) probs_N[row] = 0.0f;
+  }
 };
 
 __device__ __forceinline__ int local_expert(const SortArgs& args, int64_t p, int64_t end) {
@@ -125,8 +135,7 @@ __global__ void __launch_bounds__(kThreads) place_slots_kernel(SortArgs args) {
     const int after = first + round_up(count, args.alignment);
     if (e % gridDim.x == blockIdx.x) {
       for (int64_t row = first + count; row < after && row < args.num_rows; ++row) {
-        args.slot_N[row] = args.token_N[row] = -1;
-        args.index_N[row] = 0;
+        args.clear(row);
       }
     }
     first = after;
@@ -138,8 +147,7 @@ __global__ void __launch_bounds__(kThreads) place_slots_kernel(SortArgs args) {
   __syncthreads();
   for (int64_t row = total_L[L] + blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; row < args.num_rows;
        row += static_cast<int64_t>(gridDim.x) * kThreads) {
-    args.slot_N[row] = args.token_N[row] = -1;
-    args.index_N[row] = 0;
+    args.clear(row);
   }
 
   // Rank this block's slots: a warp's segment is in slot order, and so are the warps.
@@ -183,13 +191,16 @@ __global__ void __launch_bounds__(kThreads) place_slots_kernel(SortArgs args) {
       args.slot_N[row] = static_cast<int32_t>(p);
       args.token_N[row] = token;
       args.index_N[row] = token;
+      if (args.weights_P != nullptr) args.probs_N[row] = args.weights_P[p];
     }
   }
 }
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Outputs sort_slots(const Tensor& ids_in, int64_t first_expert, int64_t num_local, int64_t alignment, int64_t num_rows) {
+Outputs sort_slots(
+    const Tensor& ids_in, int64_t first_expert, int64_t num_local, int64_t alignment, int64_t num_rows,
+    const std::optional<Tensor>& weights_in) {
   const Tensor ids = dense(ids_in);
   check_tensor(ids, "ids", ScalarType::Int, 2);
   STD_TORCH_CHECK(num_local >= 1 && num_local <= 8192, "num_local must lie in [1, 8192], got ", num_local);
@@ -197,8 +208,17 @@ Outputs sort_slots(const Tensor& ids_in, int64_t first_expert, int64_t num_local
   const int64_t C = ids.size(0), K = ids.size(1), P = C * K, L = num_local;
   to_int32(P, "the number of slots");
   to_int32(num_rows, "num_rows");
+  std::optional<Tensor> weights;
+  if (weights_in.has_value()) {
+    weights = dense(*weights_in);
+    check_tensor(*weights, "weights", ScalarType::Float, 2);
+    check_size(*weights, "weights", 0, C);
+    check_size(*weights, "weights", 1, K);
+    check_same_device(*weights, "weights", ids);
+  }
   const DeviceGuard guard(ids.get_device_index());
   const ScalarType i32 = ScalarType::Int;
+  Tensor probs_N = new_empty(ids, {weights.has_value() ? num_rows : 0}, ScalarType::Float);
   Tensor slot_N = new_empty(ids, {num_rows}, i32), token_N = new_empty(ids, {num_rows}, i32);
   Tensor index_N = new_empty(ids, {num_rows}, i32), row_CK = new_empty(ids, {C, K}, i32);
   Tensor offsets = new_empty(ids, {L + 1}, i32), counts = new_empty(ids, {L}, i32);
@@ -228,7 +248,9 @@ Outputs sort_slots(const Tensor& ids_in, int64_t first_expert, int64_t num_local
       out_ptr<int32_t>(index_N),
       out_ptr<int32_t>(row_CK),
       out_ptr<int32_t>(offsets),
-      out_ptr<int32_t>(counts)};
+      out_ptr<int32_t>(counts),
+      in_ptr<float>(weights),
+      out_ptr<float>(probs_N)};
   const cudaStream_t stream = current_stream(ids);
   count_pieces_kernel<<<static_cast<int>(blocks), kThreads, L * sizeof(int32_t), stream>>>(args);
   MOE_LAUNCH_CHECK();
@@ -236,7 +258,7 @@ Outputs sort_slots(const Tensor& ids_in, int64_t first_expert, int64_t num_local
   allow_shared_memory(place_slots_kernel, shared);
   place_slots_kernel<<<static_cast<int>(blocks), kThreads, shared, stream>>>(args);
   MOE_LAUNCH_CHECK();
-  return {slot_N, row_CK, offsets, counts, token_N, index_N};
+  return {slot_N, row_CK, offsets, counts, token_N, index_N, probs_N};
 }
 
 }  // namespace

@@ -134,17 +134,19 @@ def _apply_capacity(ids_CK: Tensor, kept_C: Tensor, *, config: DispatchConfig, n
 
 
 class GatherProbs(torch.autograd.Function):
-    """Probability of each row, 0 for pads; backward gathers by the inverse map."""
+    """Probability of each row, 0 for pads: `order.probs_N`, where there is one; backward gathers by the inverse map."""
 
     @staticmethod
-    def forward(ctx: Any, weights_CK: Tensor, slot_N: Tensor, row_CK: Tensor) -> Tensor:
-        ctx.save_for_backward(row_CK)
-        return gather_slots(weights_CK, slot_N)
+    def forward(ctx: Any, weights_CK: Tensor, order: SlotOrder) -> Tensor:
+        ctx.save_for_backward(order.row_CK)
+        if order.probs_N.shape == order.slot_N.shape:
+            return order.probs_N
+        return gather_slots(weights_CK, order.slot_N)
 
     @staticmethod
-    def backward(ctx: Any, d_probs_N: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, d_probs_N: Tensor) -> tuple[Tensor, None]:
         (row_CK,) = ctx.saved_tensors
-        return scatter_slots(d_probs_N, row_CK), None, None
+        return scatter_slots(d_probs_N, row_CK), None
 
 
 def gather_slots(values_CK: Tensor, slot_N: Tensor) -> Tensor:

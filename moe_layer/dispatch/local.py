@@ -68,10 +68,10 @@ class LocalDispatcher:
     ) -> Received:
         routing = limit_tokens(routing, num_tokens, planned=plan is not None)
         plan = self.prepare(routing.ids_TK) if plan is None else plan
-        order, ids_TK, dropped_TR = self._order(plan.ids_TK)
+        order, ids_TK, dropped_TR = self._order(plan.ids_TK, routing.weights_TK)
         if routing.capacity is not None:
             order = pad_to_capacity(order, ids_TK, num_local=self.num_experts, capacity=routing.capacity)
-        probs_N = GatherProbs.apply(routing.weights_TK, order.slot_N, order.row_CK)
+        probs_N = GatherProbs.apply(routing.weights_TK, order)
         in_activation = self.config.apply_probs == "activation"
         has_pads = self.config.alignment > 1 or routing.capacity is not None
         scales = None
@@ -107,7 +107,7 @@ class LocalDispatcher:
             return x_TD, scale_TS
         return gather_rows(bytes_TD, token_N).view(x_TD.dtype), gather_rows(scale_TS, token_N)
 
-    def _order(self, ids_TK: Tensor) -> tuple[SlotOrder, Tensor, Tensor | None]:
+    def _order(self, ids_TK: Tensor, weights_TK: Tensor) -> tuple[SlotOrder, Tensor, Tensor | None]:
         """Row order, the ids that are kept, and which tokens a static buffer dropped."""
         if self.config.capacity == "static":
             slots = (self.config.max_tokens_per_part or ids_TK.shape[0]) * self.top_k
@@ -118,7 +118,12 @@ class LocalDispatcher:
             return arranged.order, arranged.ids_CK, dropped_TR
         num_rows = padded_rows(ids_TK.numel(), num_local=self.num_experts, alignment=self.config.alignment)
         order = sort_slots(
-            ids_TK, first_expert=0, num_local=self.num_experts, alignment=self.config.alignment, num_rows=num_rows
+            ids_TK,
+            first_expert=0,
+            num_local=self.num_experts,
+            alignment=self.config.alignment,
+            num_rows=num_rows,
+            weights_CK=weights_TK.detach() if weights_TK.dtype == torch.float32 else None,
         )
         return order, ids_TK, None
 

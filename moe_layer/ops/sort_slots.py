@@ -1,4 +1,4 @@
-"""Order a rank's slots by (local expert, compact row, slot): the row order of every dispatcher. Integers only.
+"""Order a rank's slots by (local expert, compact row, slot): the row order of every dispatcher. No autograd.
 
 Compact rows are in (source rank, token) order, so a stable sort by expert gives (expert, source rank, token); nothing
 here depends on timing, and there are no atomics on floats.
@@ -21,7 +21,8 @@ class SlotOrder(NamedTuple):
     """slot_N: flat slot `c*K + k` of each row, -1 for pads and the tail; row_CK: its inverse, -1 where the slot is
     absent;
     offsets_L1: row boundaries, pads included; counts_L: real rows; token_N: compact row c of each row, -1 for pads and
-    the tail; index_N: the same with 0 there, which may be gathered. All int32."""
+    the tail; index_N: the same with 0 there, which may be gathered. All int32. probs_N: fp32, the weight of each row's
+    slot, 0 for pads and the tail; `[0]` where no weights were given."""
 
     slot_N: Tensor
     row_CK: Tensor
@@ -29,9 +30,18 @@ class SlotOrder(NamedTuple):
     counts_L: Tensor
     token_N: Tensor
     index_N: Tensor
+    probs_N: Tensor
 
 
-def sort_slots(ids_CK: Tensor, *, first_expert: int, num_local: int, alignment: int, num_rows: int) -> SlotOrder:
+def sort_slots(
+    ids_CK: Tensor,
+    *,
+    first_expert: int,
+    num_local: int,
+    alignment: int,
+    num_rows: int,
+    weights_CK: Tensor | None = None,
+) -> SlotOrder:
     """Rows for the experts `[first_expert, first_expert + num_local)`; other ids and -1 are absent.
 
     Args:
@@ -39,8 +49,10 @@ def sort_slots(ids_CK: Tensor, *, first_expert: int, num_local: int, alignment: 
         alignment: every expert's rows are padded to a multiple of this.
         num_rows: N, normally at least the padded total; rows past `offsets_L1[-1]` belong to nobody. Slots whose row
             would lie past N have none (row_CK -1): whoever allows that compares `offsets_L1[-1]` with N.
+        weights_CK: optional fp32 `[C, K]`, to be put into the rows' order.
     """
-    return SlotOrder(*call_plain(torch.ops.moe_layer.sort_slots, ids_CK, first_expert, num_local, alignment, num_rows))
+    op = torch.ops.moe_layer.sort_slots
+    return SlotOrder(*call_plain(op, ids_CK, first_expert, num_local, alignment, num_rows, weights_CK))
 
 
 def pad_to_capacity(order: SlotOrder, ids_CK: Tensor, *, num_local: int, capacity: int) -> SlotOrder:
@@ -59,13 +71,19 @@ def pad_to_capacity(order: SlotOrder, ids_CK: Tensor, *, num_local: int, capacit
     target_P = torch.where(row_CK >= 0, row_CK, num_rows).flatten().long()
     slot_N = torch.full((num_rows + 1,), -1, dtype=torch.int32, device=ids_CK.device).scatter_(0, target_P, slot_P)[:-1]
     index_N = slot_N.clamp_min(0) // max(ids_CK.shape[1], 1)
-    return SlotOrder(slot_N, row_CK, first_L1, order.counts_L, torch.where(slot_N >= 0, index_N, -1), index_N)
+    token_N = torch.where(slot_N >= 0, index_N, -1)
+    return SlotOrder(slot_N, row_CK, first_L1, order.counts_L, token_N, index_N, order.probs_N.new_empty(0))
 
 
 @torch.library.custom_op("moe_layer::sort_slots", mutates_args=())
 def _sort_slots(
-    ids: Tensor, first_expert: int, num_local: int, alignment: int, num_rows: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ids: Tensor,
+    first_expert: int,
+    num_local: int,
+    alignment: int,
+    num_rows: int,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     local_P = ids.flatten() - first_expert
     local_P = torch.where((ids.flatten() >= 0) & (local_P >= 0) & (local_P < num_local), local_P, num_local)
     order_P = _stable_order(local_P, num_local)
@@ -84,15 +102,20 @@ def _sort_slots(
     slot_N = slot_N[:-1].clone()
     index_N = slot_N.clamp_min(0) // max(ids.shape[1], 1)
     token_N = torch.where(slot_N >= 0, index_N, -1)
-    return slot_N, row_CK.view(ids.shape), offsets_L1.to(torch.int32), counts_L.to(torch.int32), token_N, index_N
+    row_CK, counts_L = row_CK.view(ids.shape), counts_L.to(torch.int32)
+    if weights is None or weights.numel() == 0:
+        probs_N = torch.zeros(0 if weights is None else num_rows, dtype=torch.float32, device=ids.device)
+    else:
+        probs_N = torch.where(slot_N >= 0, weights.flatten().index_select(0, slot_N.clamp_min(0)), 0.0)
+    return slot_N, row_CK, offsets_L1.to(torch.int32), counts_L, token_N, index_N, probs_N
 
 
 @_sort_slots.register_fake
-def _(ids, first_expert, num_local, alignment, num_rows):  # type: ignore[no-untyped-def]
+def _(ids, first_expert, num_local, alignment, num_rows, weights=None):  # type: ignore[no-untyped-def]
     rows = (num_rows,)
     shapes = (rows, ids.shape, (num_local + 1,), (num_local,), rows, rows)
     new = [ids.new_empty(shape, dtype=torch.int32) for shape in shapes]
-    return tuple(new)
+    return (*new, ids.new_empty(0 if weights is None else num_rows, dtype=torch.float32))
 
 
 def _stable_order(key_P: Tensor, top: int) -> Tensor:

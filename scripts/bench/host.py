@@ -233,7 +233,7 @@ def prices(layer: MoELayer, x: torch.Tensor, upstream: torch.Tensor) -> dict[str
         "clone forward + backward": lambda: leaf.clone().backward(small),
         "route_topk op": lambda: route_topk.route_topk(logits.detach(), top_k=k),
         "router module, no grad": lambda: layer.router(x.detach()),
-        "sort_slots": lambda: layer.dispatcher._order(routing.ids_TK),
+        "dispatch, no grad": lambda: layer.dispatcher.dispatch(x.detach(), routing),
         "gather_rows of a column": lambda: gather_rows(column.detach(), index),
         "tree_reduce": tree,
     }

@@ -39,9 +39,11 @@ def test_sort_slots(tokens, slots, experts, alignment, absent, skew):
     ids = random_ids(tokens, slots, experts, absent=absent, skew=skew)
     rows = ids.numel() + min(experts, ids.numel()) * (alignment - 1) + 5
     arguments = {"first_expert": 0, "num_local": experts, "alignment": alignment, "num_rows": rows}
-    for name, a, b in zip(("slot", "row", "offsets", "counts", "token", "index"), sort_slots(ids, **arguments),
-                          sort_slots(ids.cuda(), **arguments), strict=True):  # fmt: skip
-        assert torch.equal(a, b.cpu()), name
+    for weights in (torch.rand(ids.shape), None):
+        want = sort_slots(ids, weights_CK=weights, **arguments)
+        got = sort_slots(ids.cuda(), weights_CK=None if weights is None else weights.cuda(), **arguments)
+        for name, a, b in zip(want._fields, want, got, strict=True):
+            assert torch.equal(a, b.cpu()), name
 
 
 def test_sort_slots_of_a_middle_rank():

@@ -50,13 +50,15 @@ def test_row_order(routing: tuple[torch.Tensor, int, int], alignment: int, spare
     L = E // R
     for rank in range(R):
         want = oracle_dispatch.rows([ids.tolist() if r == 0 else [] for r in range(R)], E, rank, alignment)
-        order = sort_slots(
-            ids, first_expert=rank * L, num_local=L, alignment=alignment, num_rows=max(0, len(want) + spare)
-        )
+        weights = torch.rand(ids.shape)
+        size = {"first_expert": rank * L, "num_local": L, "num_rows": max(0, len(want) + spare)}
+        order = sort_slots(ids, alignment=alignment, weights_CK=weights, **size)
         K = ids.shape[1]
         slots = [-1 if row is None else row[2] * K + row[3] for row in want] + [-1] * spare
         slots = slots[: max(0, len(want) + spare)]
         assert order.slot_N.tolist() == slots
+        assert order.probs_N.tolist() == [0.0 if s < 0 else float(weights[s // K, s % K]) for s in slots]
+        assert sort_slots(ids, alignment=alignment, **size).probs_N.numel() == 0
         back = {slot: n for n, slot in enumerate(slots) if slot >= 0}
         assert order.row_CK.flatten().tolist() == [back.get(s, -1) for s in range(ids.numel())]
         counts = [sum(row is not None and row[0] == rank * L + e for row in want) for e in range(L)]
@@ -108,6 +110,7 @@ def test_opcheck() -> None:
         check(torch.ops.moe_layer.dispatch_plan.default, (ids, 8, ranks))
     for alignment in (1, 8):
         check(torch.ops.moe_layer.sort_slots.default, (ids, 0, 8, alignment, 48))
+        check(torch.ops.moe_layer.sort_slots.default, (ids, 0, 8, alignment, 48, torch.rand(ids.shape)))
     check(torch.ops.moe_layer.gather_rows.default, (torch.randn(3, 4), torch.tensor([2, -1, 0, 0])))
 
 
