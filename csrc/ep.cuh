@@ -19,7 +19,7 @@
 namespace moe_layer {
 
 constexpr int kTripWords = 21, kCompared = 6, kStateHead = 8, kSlotWords = 8, kHeaderBytes = 64, kMostRanks = 32;
-enum EpError : int32_t { kTimeout = 1, kMismatch = 2, kBadCount = 3, kOverflow = 4, kPeerOverflow = 5 };
+enum EpError : int32_t { kTimeout = 1, kMismatch = 2, kBadCount = 3, kOverflow = 4, kPeerOverflow = 5, kGaveUp = 6 };
 enum EpCounter : int32_t { kSent = 0, kReceived = 1, kSendTicket = 2, kMetaTicket = 3, kReceiveTicket = 4 };
 
 struct EpTrip {

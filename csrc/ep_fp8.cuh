@@ -82,4 +82,27 @@ __device__ __forceinline__ uint4 fp8_decode(const Fp8Unit& in) {
   return {x[0], x[1], x[2], x[3]};
 }
 
+// A warp encodes a row of bf16 units and writes it where it goes; the next units are on their way meanwhile.
+__device__ __forceinline__ void fp8_encode_row(const uint4* from, uint8_t* to, int64_t units) {
+  constexpr int kFp8Ahead = 4;
+  const int lane = threadIdx.x % kWarp, end = static_cast<int>(units);
+  float* scales = reinterpret_cast<float*>(to + units * 8);
+  uint4 next[kFp8Ahead];
+#pragma unroll
+  for (int j = 0; j < kFp8Ahead; ++j) next[j] = j * kWarp + lane < end ? from[j * kWarp + lane] : uint4{};
+  for (int begin = lane; begin - lane < end; begin += kWarp * kFp8Ahead) {
+#pragma unroll
+    for (int j = 0; j < kFp8Ahead; ++j) {
+      const int unit = begin + j * kWarp, ahead = unit + kFp8Ahead * kWarp;
+      const uint4 x = next[j];
+      next[j] = ahead < end ? from[ahead] : uint4{};
+      const Fp8Unit coded = fp8_encode(x);
+      if (unit < end) {
+        reinterpret_cast<uint2*>(to)[unit] = coded.values;
+        if (lane % 16 == 0) scales[unit / 16] = coded.scale;
+      }
+    }
+  }
+}
+
 }  // namespace moe_layer

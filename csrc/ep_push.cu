@@ -24,30 +24,8 @@ struct PushArgs {
   const int32_t* counts_E;  // null: nobody asked
   int64_t row_bytes;        // of `rows`; the trip's width is that of the encoded row
   int32_t num_rows, list, words0, words1, num_local;
+  bool dense;  // ep_open took the slot, ep_push_rows sends the rows
 };
-
-// A warp encodes a row of bf16 units and writes it where it goes; the next units are on their way meanwhile.
-__device__ __forceinline__ void send_fp8(const uint4* from, uint8_t* to, int64_t units) {
-  constexpr int kFp8Ahead = 4;
-  const int lane = threadIdx.x % kWarp, end = static_cast<int>(units);
-  float* scales = reinterpret_cast<float*>(to + units * 8);
-  uint4 next[kFp8Ahead];
-#pragma unroll
-  for (int j = 0; j < kFp8Ahead; ++j) next[j] = j * kWarp + lane < end ? from[j * kWarp + lane] : uint4{};
-  for (int begin = lane; begin - lane < end; begin += kWarp * kFp8Ahead) {
-#pragma unroll
-    for (int j = 0; j < kFp8Ahead; ++j) {
-      const int unit = begin + j * kWarp, ahead = unit + kFp8Ahead * kWarp;
-      const uint4 x = next[j];
-      next[j] = ahead < end ? from[ahead] : uint4{};
-      const Fp8Unit coded = fp8_encode(x);
-      if (unit < end) {
-        reinterpret_cast<uint2*>(to)[unit] = coded.values;
-        if (lane % 16 == 0) scales[unit / 16] = coded.scale;
-      }
-    }
-  }
-}
 
 // The rows for each peer. A list longer than the window would overwrite the next region: it is cut, and the count says so
 // to the receiver. All threads of the block call it.
@@ -69,8 +47,8 @@ __global__ void __launch_bounds__(kCopyThreads) ep_words_kernel(PushArgs args) {
   const EpTrip& trip = args.trip;
   __shared__ int32_t counts[kMostRanks];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  if (!wait_credits(trip, now_ns() + trip.deadline_ns)) return;
-  const uint32_t epoch = trip.epoch(kSent) + 1;
+  if (args.dense ? trip.failed() : !wait_credits(trip, now_ns() + trip.deadline_ns)) return;
+  const uint32_t epoch = trip.epoch(kSent) + (args.dense ? 0 : 1);
   read_counts(args, counts);
   for (int e = blockIdx.x * kCopyThreads + threadIdx.x; e < args.num_local * trip.ranks;
        e += gridDim.x * kCopyThreads) {
@@ -83,8 +61,9 @@ __global__ void __launch_bounds__(kCopyThreads) ep_words_kernel(PushArgs args) {
   const int each = kCopyThreads / kWarp * static_cast<int>(gridDim.x) * kAhead;
   for (int peer = 0; peer < trip.ranks; ++peer) {
     int32_t* to = trip.words(peer, trip.me);
-    for (int i = (blockIdx.x * (kCopyThreads / kWarp) + warp) * kAhead; i < counts[peer]; i += each) {
-      const bool inside = lane < kAhead && i + lane < counts[peer];
+    const int rows = args.meta0 == nullptr ? 0 : counts[peer];
+    for (int i = (blockIdx.x * (kCopyThreads / kWarp) + warp) * kAhead; i < rows; i += each) {
+      const bool inside = lane < kAhead && i + lane < rows;
       const int mine = inside ? args.tokens_RS[static_cast<int64_t>(peer) * args.list + i + lane] : -1;
       for (int first = 0; first < words; first += kWarp) {  // the same turns in all lanes: they shuffle
         const int w = first + lane - 1;
@@ -101,7 +80,7 @@ __global__ void __launch_bounds__(kCopyThreads) ep_words_kernel(PushArgs args) {
         }
 #pragma unroll
         for (int j = 0; j < kAhead; ++j) {
-          if (w + 1 < words && i + j < counts[peer]) to[static_cast<int64_t>(i + j) * words + w + 1] = values[j];
+          if (w + 1 < words && i + j < rows) to[static_cast<int64_t>(i + j) * words + w + 1] = values[j];
         }
       }
     }
@@ -146,7 +125,7 @@ __global__ void __launch_bounds__(kFp8 ? kEncodeThreads : kCopyThreads, kFp8 ? 2
       if (token < 0 || token >= args.num_rows) continue;
       const Unit* from = source + token * per_row;
       if constexpr (kFp8) {
-        send_fp8(from, target + i * trip.width, per_row);
+        fp8_encode_row(from, target + i * trip.width, per_row);
         continue;
       }
       Unit* to = reinterpret_cast<Unit*>(target + i * trip.width);
@@ -172,7 +151,7 @@ __global__ void __launch_bounds__(kFp8 ? kEncodeThreads : kCopyThreads, kFp8 ? 2
 void ep_push(
     const Tensor& peers, Tensor state, const Tensor& rows, const Tensor& tokens, const Tensor& counts,
     const std::optional<Tensor>& meta0, const std::optional<Tensor>& places, const std::optional<Tensor>& meta1,
-    const std::optional<Tensor>& counts_E, const Tensor& words, int64_t blocks, bool fp8) {
+    const std::optional<Tensor>& counts_E, const Tensor& words, int64_t blocks, bool fp8, bool dense) {
   const DeviceGuard guard(state.get_device_index());
   check_tensor(rows, "rows", rows.scalar_type(), 2);
   check_tensor(tokens, "tokens", ScalarType::Int, 2);
@@ -186,6 +165,7 @@ void ep_push(
   args.rows = rows.const_data_ptr();
   args.tokens_RS = in_ptr<int32_t>(tokens);
   args.counts_R = in_ptr<int32_t>(counts);
+  args.dense = dense;
   args.num_rows = to_int32(rows.size(0), "rows");
   args.list = to_int32(tokens.size(1), "list");
   int64_t sent_words = 0;
@@ -226,8 +206,8 @@ void ep_push(
   const cudaStream_t stream = current_stream(state);
   const int device = state.get_device_index();
   const bool wide = args.trip.width % 16 == 0 && reinterpret_cast<uintptr_t>(args.rows) % 16 == 0;
-  if (args.meta0 != nullptr) {
-    const int64_t wanted = ceil_div<int64_t>(args.list, kCopyThreads / kWarp * kAhead);
+  if (args.meta0 != nullptr || dense) {
+    const int64_t wanted = args.meta0 == nullptr ? 1 : ceil_div<int64_t>(args.list, kCopyThreads / kWarp * kAhead);
     const int64_t most = blocks > 0 ? blocks : sm_count(device);
     ep_words_kernel<<<
         static_cast<int>(
@@ -237,6 +217,7 @@ void ep_push(
         kCopyThreads, 0, stream>>>(args);
     MOE_LAUNCH_CHECK();
   }
+  if (dense) return;
   const int grid = blocks > 0 ? to_int32(blocks, "blocks") : fp8 ? kEncodeBlocks : kCopyBlocks;
   if (fp8) {
     ep_push_kernel<uint4, true><<<grid, kEncodeThreads, 0, stream>>>(args);

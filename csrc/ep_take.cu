@@ -19,13 +19,14 @@ struct TakeArgs {
   const int32_t* tokens_S;  // this rank's own list
   const int32_t* base_R1;
   const int32_t* counts_R;
+  const int32_t* token_C;  // null: a source's row i is its i-th; else (dense push) its token's
   const int32_t* row_CK;
   const int32_t* slot_N;
   const int32_t* offsets_L1;
   void* out;
   int64_t out_rows;
   int64_t row_bytes;  // of `rows` and `out`
-  int32_t num_rows, list, slots, num_compact, num_local;
+  int32_t num_rows, list, slots, num_compact, num_local, num_tokens;
 };
 
 // Where a unit of an arriving row comes from: the row as it is, or decoded; own rows take the same roundings.
@@ -82,6 +83,21 @@ __device__ __forceinline__ void copy_row(
   }
 }
 
+// A peer went on without this rank's credit, so that its copies may have overwritten what was read here (ep_dense.cu). All
+// threads of the block call it, after everything has been read.
+__device__ __forceinline__ bool gave_up(const EpTrip& trip) {
+  bool found = false;
+  if (threadIdx.x < trip.ranks) {
+    found = load_acquire_sys(trip.word(trip.me, trip.fault, trip.ranks + threadIdx.x)) != 0;
+    if (found) {
+      const bool overflowed = load_acquire_sys(trip.word(trip.me, trip.fault, threadIdx.x)) != 0;
+      const auto wanted = static_cast<int32_t>(trip.epoch(kReceived) + 1);
+      trip.report(overflowed ? kPeerOverflow : kGaveUp, threadIdx.x, wanted, 0);
+    }
+  }
+  return __syncthreads_or(found);
+}
+
 template <typename Unit, bool kFp8>
 __global__ void __launch_bounds__(kThreads, 4) ep_take_kernel(TakeArgs args) {
   const EpTrip& trip = args.trip;
@@ -119,13 +135,23 @@ __global__ void __launch_bounds__(kThreads, 4) ep_take_kernel(TakeArgs args) {
     if (q >= own_count) nth_chunk(trip, q - own_count, source, i);  // row i of each peer in turn
     if (i >= args.counts_R[source]) continue;
     const int32_t targets = read_targets(args, args.base_R1[source] + i);
-    const uint8_t* from = trip.rows(trip.me, source) + i * trip.width;
+    int64_t place = i;
+    if (args.token_C != nullptr && source != trip.me) {
+      const int64_t c = args.base_R1[source] + i;
+      place = c < args.num_tokens ? args.token_C[c] : -1;
+      if (place < 0 || place >= trip.max_rows) {
+        trip.report(kBadCount, source, trip.max_rows, static_cast<int32_t>(place));
+        ok = false;
+        break;
+      }
+    }
+    const uint8_t* from = trip.rows(trip.me, source) + place * trip.width;
     if (source == trip.me) {
       const int32_t token = args.tokens_S[i];
       if (token < 0 || token >= args.num_rows) continue;
       from = own + token * args.row_bytes;
     } else {
-      if (lane == 0) ok = spin(trip, trip.flag(trip.me, source, i / trip.chunk_rows), epoch, until, source);
+      if (lane == 0) ok = spin(trip, trip.flag(trip.me, source, place / trip.chunk_rows), epoch, until, source);
       ok = __shfl_sync(0xffffffffu, ok, 0);
       __syncwarp();  // what one lane acquired, all may read
       if (!ok) break;
@@ -136,13 +162,19 @@ __global__ void __launch_bounds__(kThreads, 4) ep_take_kernel(TakeArgs args) {
     poison(args.out, args.out_rows * args.row_bytes);
     return;
   }
-  if (last_block(trip, kReceiveTicket, gridDim.x)) give_credits(trip);
+  if (!last_block(trip, kReceiveTicket, gridDim.x)) return;
+  if (gave_up(trip)) {
+    poison(args.out, args.out_rows * args.row_bytes);
+    return;
+  }
+  give_credits(trip);
 }
 
 void ep_take(
     const Tensor& peers, Tensor state, const Tensor& rows, const Tensor& tokens, const Tensor& base,
     const Tensor& counts, const std::optional<Tensor>& row_index, const std::optional<Tensor>& slot,
-    const std::optional<Tensor>& offsets, const Tensor& words, Tensor out, bool fp8) {
+    const std::optional<Tensor>& offsets, const Tensor& words, Tensor out, bool fp8,
+    const std::optional<Tensor>& token_C) {
   const DeviceGuard guard(state.get_device_index());
   check_tensor(rows, "rows", rows.scalar_type(), 2);
   check_tensor(tokens, "tokens", ScalarType::Int, 2);
@@ -168,6 +200,11 @@ void ep_take(
     args.num_compact = to_int32(row_index->size(0), "compact rows");
     args.slots = to_int32(row_index->size(1), "slots");
     STD_TORCH_CHECK(args.slots <= kWarp, "ep_take serves at most 32 slots, got ", args.slots);
+  }
+  if (token_C.has_value()) {
+    check_tensor(*token_C, "token_C", ScalarType::Int, 1);
+    args.token_C = in_ptr<int32_t>(*token_C);
+    args.num_tokens = to_int32(token_C->size(0), "token_C");
   }
   if (offsets.has_value()) {
     check_tensor(*offsets, "offsets", ScalarType::Int, 1);

@@ -172,6 +172,8 @@ class MoELayer(nn.Module):
         late = LateProduct() if x.is_cuda and not torch.compiler.is_compiling() else None
         routed_TD, shared_TD, gate_TD = fan_out(x_TD, 3, late)
 
+        whole = self.config.dispatch.chunks == 1
+        begun = self.dispatcher.dispatch_begin(routed_TD) if whole else None
         routing = self.router(
             gate_TD,
             late=late,
@@ -179,8 +181,8 @@ class MoELayer(nn.Module):
             cu_seqlens=self._boundaries(x, cu_seqlens),
             replay=as_decision(replay, x.shape[:-1], self.config.router.top_k, device=x.device),
         )
-        if self.config.dispatch.chunks == 1:
-            received = self.dispatcher.dispatch(routed_TD, routing)
+        if whole:
+            received = self.dispatcher.dispatch(routed_TD, routing, begun=begun)
             rows, add_TD = self._mlp(received, shared_TD)
             y_TD = self.dispatcher.combine(rows, received, add=add_TD)
         else:

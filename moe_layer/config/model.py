@@ -147,6 +147,8 @@ class DispatchConfig:
     """Most tokens a rank may send; sizes static buffers (default: this rank's T, then equal on all) and nvlink's."""
     ring_depth: PositiveInt = 2
     """nvlink: dispatches (and combines) that may be between their send and their recv."""
+    push: Literal["auto", "slots", "dense"] = "slots"
+    """nvlink: rows by need, or all to all ranks by copy engine before the routing is known; auto: by R and top_k."""
     sm_budget: PositiveInt | None = None
     """nvlink: multiprocessors that a send may occupy beside the computation (default: 32 out, 128 home)."""
     deadline_s: PositiveFloat = 60.0

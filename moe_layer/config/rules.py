@@ -188,7 +188,7 @@ def dispatch(c: model.DispatchConfig) -> Problems:
         if c.backend not in _BUFFERED:
             yield from _ineffective(c, ("max_tokens_per_rank",), "capacity static or backend nvlink")
     if c.backend != "nvlink":
-        yield from _ineffective(c, ("ring_depth", "sm_budget"), "backend nvlink")
+        yield from _ineffective(c, ("ring_depth", "push", "sm_budget"), "backend nvlink")
     if c.backend in _BUFFERED and c.max_tokens_per_rank is None:
         yield (
             f"max_tokens_per_rank is required by backend {c.backend}, whose buffers it sizes; set it to the most "

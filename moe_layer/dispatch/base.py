@@ -21,6 +21,11 @@ class Dispatcher(Protocol):
         """The plan of these ids, without communication."""
         ...
 
+    def dispatch_begin(self, x_TD: Tensor) -> Any:
+        """Start what needs no routing; the result goes to `dispatch` or `dispatch_send` with the same x, unchanged in
+        between (`begun`). None where nothing can begin so early."""
+        ...
+
     def dispatch_send(
         self,
         x_TD: Tensor,
@@ -29,6 +34,7 @@ class Dispatcher(Protocol):
         *,
         num_tokens: Tensor | None = None,
         x_scale: Tensor | None = None,
+        begun: Any = None,
     ) -> tuple[Any, Tensor]:
         """Start moving rows; returns a handle and the token that joins the halves in the autograd graph.
 
@@ -61,6 +67,7 @@ class Dispatcher(Protocol):
         num_tokens: Tensor | None = None,
         x_scale: Tensor | None = None,
         out: Tensor | None = None,
+        begun: Any = None,
     ) -> Received:
         """`dispatch_send` and `dispatch_recv` in a row."""
         ...

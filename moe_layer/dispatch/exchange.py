@@ -98,6 +98,9 @@ class ExchangeDispatcher:
     def prepare(self, ids_TK: Tensor) -> DispatchPlan:
         return make_plan(ids_TK, num_experts=self.num_experts, num_ranks=self.link.size)
 
+    def dispatch_begin(self, x_TD: Tensor) -> Any:
+        return None
+
     @torch.compiler.disable(reason="dispatch over several ranks talks to its peers: a documented graph break")
     def dispatch_send(
         self,
@@ -107,6 +110,7 @@ class ExchangeDispatcher:
         *,
         num_tokens: Tensor | None = None,
         x_scale: Tensor | None = None,
+        begun: Any = None,
     ) -> tuple[Any, Tensor]:
         self._check_input(x_TD, routing)
         routing = limit_tokens(routing, num_tokens, planned=plan is not None)
@@ -186,8 +190,9 @@ class ExchangeDispatcher:
         num_tokens: Tensor | None = None,
         x_scale: Tensor | None = None,
         out: Tensor | None = None,
+        begun: Any = None,
     ) -> Received:
-        sent = self.dispatch_send(x_TD, routing, plan, num_tokens=num_tokens, x_scale=x_scale)
+        sent = self.dispatch_send(x_TD, routing, plan, num_tokens=num_tokens, x_scale=x_scale, begun=begun)
         return self.dispatch_recv(*sent, out=out)
 
     def combine(
@@ -206,11 +211,15 @@ class ExchangeDispatcher:
         return type(None), ()
 
     def _check_input(self, x_TD: Tensor, routing: Routing) -> None:
-        T, limit, chunks = x_TD.shape[0], self.config.max_tokens_per_part, self.config.chunks
+        T = x_TD.shape[0]
         if routing.ids_TK.shape != (T, self.top_k):
             raise RoutingError(
                 f"ids must be [{T}, {self.top_k}] for x of {T} tokens, got {tuple(routing.ids_TK.shape)}"
             )
+        self._check_tokens(x_TD)
+
+    def _check_tokens(self, x_TD: Tensor) -> None:
+        T, limit, chunks = x_TD.shape[0], self.config.max_tokens_per_part, self.config.chunks
         if limit is not None and T > limit:
             whole = "" if chunks == 1 else f", {self.config.max_tokens_per_rank} in {chunks} dispatch.chunks"
             raise CapacityError(

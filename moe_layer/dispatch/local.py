@@ -56,6 +56,9 @@ class LocalDispatcher:
     def prepare(self, ids_TK: Tensor) -> DispatchPlan:
         return make_plan(ids_TK, num_experts=self.num_experts, num_ranks=1)
 
+    def dispatch_begin(self, x_TD: Tensor) -> Any:
+        return None
+
     def dispatch(
         self,
         x_TD: Tensor,
@@ -65,6 +68,7 @@ class LocalDispatcher:
         num_tokens: Tensor | None = None,
         x_scale: Tensor | None = None,
         out: Tensor | None = None,
+        begun: Any = None,
     ) -> Received:
         routing = limit_tokens(routing, num_tokens, planned=plan is not None)
         plan = self.prepare(routing.ids_TK) if plan is None else plan
@@ -187,6 +191,7 @@ class LocalDispatcher:
         *,
         num_tokens: Tensor | None = None,
         x_scale: Tensor | None = None,
+        begun: Any = None,
     ) -> tuple[Any, Tensor]:
         options = {"num_tokens": num_tokens, "x_scale": x_scale}
         return ((x_TD, routing, plan), options), x_TD.new_empty(0)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_layer.dispatch.base import padded_rows, static_rows, wire_dtype
 from moe_layer.dispatch.window import Trip, Window, padded_width
-from moe_layer.dispatch.wire import Phase
+from moe_layer.dispatch.wire import Link, Phase
 from moe_layer.ops import ep
 from moe_layer.ops.fp8_rows import BLOCK
 from moe_layer.ops.gather_rows import gather_rows
@@ -30,7 +30,7 @@ class FusedCall:
     """State of one dispatch and its combine.
 
     Attributes:
-        fp8: rows travel outwards as e4m3 (`dispatch_format: fp8_1x128`).
+        fp8: rows travel outwards as e4m3 (`dispatch_format: fp8_1x128`). dense: all of them do (`dispatch.push`).
         tokens_RT, position_TR, counts_R, places_TK, counts_E: see `ep_plan`. x_TD: what was sent, until it is received.
         base_R1, recv_R: compact rows of each source. the next six: see `Arranged`.
         trips: under way between a send and its recv. d_y_TD; d_rows and d_probs: what the trips of backward carry.
@@ -46,7 +46,9 @@ class FusedCall:
     counts_R: Tensor
     places_TK: Tensor
     counts_E: Tensor
+    dense: bool
     x_TD: Tensor | None = None
+    token_C: Tensor | None = None
     base_R1: Tensor | None = None
     recv_R: Tensor | None = None
     row_CK: Tensor | None = None
@@ -68,7 +70,11 @@ class FusedCall:
     def push(self, phase: Phase, rows: Tensor, **meta: Tensor) -> None:
         """Send rows `[T, D]` to the ranks of their experts."""
         w = self.window
-        trip = self.begin(phase, width=fp8_width(rows.shape[1]) if self.fp8 else row_width(rows), home=False)
+        if self.dense and phase not in self.trips:
+            self.trips[phase] = push_all(w, self.dispatcher.link, phase, rows, fp8=self.fp8)
+        elif not self.dense:
+            self.begin(phase, width=outward_width(rows, self.fp8), home=False)
+        trip = self.trips[phase]
         w.send(
             trip,
             ep.ep_push,
@@ -80,6 +86,7 @@ class FusedCall:
             trip.words,
             blocks=self.dispatcher.config.sm_budget or 0,
             fp8=self.fp8,
+            dense=self.dense,
             **meta,
         )
 
@@ -99,6 +106,7 @@ class FusedCall:
             offsets_L1=self.offsets_L1 if pads else None,
             out=out,
             fp8=self.fp8,
+            token_C=self.token_C if self.dense else None,
         )
         self.report()
 
@@ -161,7 +169,7 @@ class DispatchSend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, call: FusedCall) -> Tensor:
         ctx.call, ctx.weights_dtype = call, weights_TK.dtype
-        call.x_TD = aligned(x_TD)
+        call.x_TD = aligned(x_TD) if call.x_TD is None else call.x_TD
         weights_TK = weights_TK.float().contiguous()
         words = {"meta0": call.plan.ids_TK, "places": call.places_TK, "meta1": weights_TK}
         call.push("dispatch", call.x_TD, **words, counts_E=call.counts_E)
@@ -209,6 +217,7 @@ class DispatchRecv(torch.autograd.Function):
         call.ids_CK, call.row_CK = arranged.ids_CK[:room], arranged.row_CK[:room]
         call.slot_N, call.index_N = arranged.slot_N[:num_rows], arranged.index_N[:num_rows]
         rank_C, token_C, probs_N = arranged.rank_C[:room], arranged.token_C[:room], arranged.probs_N[:num_rows]
+        call.token_C = token_C
         assert call.x_TD is not None
         x_TD, call.x_TD = call.x_TD, None
         rows = x_TD.new_empty(room if compact else num_rows, x_TD.shape[1])
@@ -270,6 +279,33 @@ class CombineRecv(torch.autograd.Function):
         call.push("combine backward", d_y_TD)
         call.d_y_TD = d_y_TD
         return d_y_TD.new_zeros(0), d_add, None, None
+
+
+@dataclass
+class Begun:
+    """A dense dispatch whose rows fly already, while their routing is not known: see `NvlinkDispatcher.dispatch_begin`.
+
+    of: the x that it was begun with; x_TD: the same rows where copies can read them.
+    """
+
+    of: Tensor
+    x_TD: Tensor
+    trip: Trip
+
+
+def push_all(window: Window, link: Link, phase: Phase, rows: Tensor, *, fp8: bool) -> Trip:
+    """Take a slot and copy rows `[T, D]` into every peer's window; the words come later (`FusedCall.push`)."""
+    link.check()
+    width = outward_width(rows, fp8)
+    trip = window.begin(link.at(phase), width=width, link=link, home=False, dense=True)
+    encoded = rows.new_empty(rows.shape[0], width, dtype=torch.uint8) if fp8 else None
+    window.push_rows(trip, rows, encoded)
+    return trip
+
+
+def outward_width(rows: Tensor, fp8: bool) -> int:
+    """Bytes of a row on its way out."""
+    return fp8_width(rows.shape[1]) if fp8 else row_width(rows)
 
 
 def row_width(rows: Tensor) -> int:

@@ -16,9 +16,7 @@ Letters: R ranks, T tokens.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-import os
 import weakref
 import zlib
 from dataclasses import dataclass
@@ -27,15 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_layer.dispatch.memory import share_memory
 from moe_layer.dispatch.wire import GRACE_S, PHASES, Link, Position
-from moe_layer.errors import CapacityError, RankMismatch
+from moe_layer.errors import CapacityError, DispatchTimeout, RankMismatch
 from moe_layer.ops import ep
-from moe_layer.parallel import compat
 
 _ALIGN = 256
-_MAGIC = zlib.crc32(b"moe_layer window 2") & 0x7FFFFFFF
+_MAGIC = zlib.crc32(b"moe_layer window 3") & 0x7FFFFFFF
+_PIECES, _PIECE_BYTES = 8, 8 * 2**20  # of a dense push: at most so many copies, none smaller
 _ROOM = ("max_tokens", "row_bytes", "meta_words", "depth", "experts")  # the sizes of a window, in their order
-_names = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,11 @@ class WindowSize:
         """
         return min(64, max(1, self.max_tokens // 2048) if home else max(4, self.max_tokens // 256))
 
+    def piece_rows(self, width: int) -> int:
+        """Rows of `width` bytes that a dense push copies at a time, under one flag."""
+        pieces = min(_PIECES, max(1, self.max_tokens * width // _PIECE_BYTES))
+        return max(-(-self.max_tokens // pieces), self.chunk_rows(home=False))
+
     def max_chunks(self, *, home: bool) -> int:
         return -(-self.max_tokens // self.chunk_rows(home=home))
 
@@ -81,12 +84,12 @@ class WindowSize:
 
     @property
     def fault(self) -> int:
-        """Where the words lie by which ranks tell each other of an overflow."""
+        """Where the words lie by which ranks tell each other of an overflow, and that they go on without credits."""
         return 2 * self.depth * self.word_bytes
 
     @property
     def first_slot(self) -> int:
-        return self.fault + _round(4 * self.ranks)
+        return self.fault + _round(8 * self.ranks)
 
     @property
     def slot_bytes(self) -> int:
@@ -132,6 +135,7 @@ class Trip:
     def __init__(self, window: Window, slot: int, words: Tensor, at: Position) -> None:
         self.window, self.slot, self.words, self.at = window, slot, words, at
         self.sent: Any = None  # CUDA event behind the send
+        self.copied: Any = None  # another behind the copies of a dense push
         self.sender: Any = None  # stream that the send was called from
         self.held: list[Tensor] = []  # what the send reads
         self._drop = weakref.finalize(self, window.abandon, slot, words, self.held)
@@ -143,22 +147,32 @@ class Trip:
             self.window.free[self.slot >= self.window.size.depth].append(self.slot)
 
 
+@dataclass(frozen=True)
+class CopyStreams:
+    """Streams of dense pushes: the copies one after the other; the flags behind them."""
+
+    copies: Any
+    flags: Any
+
+
 class Window:
     """This rank's window and the addresses of all."""
 
     def __init__(self, size: WindowSize, link: Link) -> None:
         self.size, self.rank, self.device = size, link.rank, link.context.device
-        self.memory, peers, self._keep = _share(size.num_bytes, link)
-        self.peers = torch.tensor(peers, dtype=torch.int64).to(self.device)
+        self.memory, peers, self._keep = share_memory(size.num_bytes, link)
+        self.addresses = torch.tensor(peers, dtype=torch.int64)
+        self.peers = self.addresses.to(self.device)
         self.state = torch.zeros(ep.STATE_HEAD + 2 * size.depth * ep.SLOT_WORDS, dtype=torch.int32, device=self.device)
         self.free = ([*range(size.depth)], [*range(size.depth, 2 * size.depth)])
         self._abandoned: dict[int, Tensor] = {}
         on_gpu = self.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.device, priority=-1) if on_gpu else None
         self._events: dict[int, Any] = {}  # by slot: what a send waits for, and its end
+        self.copies: CopyStreams | None = None  # where dense pushes run, made by the first one
 
-    def begin(self, at: Position, *, width: int, link: Link, home: bool) -> Trip:
-        """Take a slot for a trip of rows of `width` bytes.
+    def begin(self, at: Position, *, width: int, link: Link, home: bool, dense: bool = False) -> Trip:
+        """Take a slot for a trip of rows of `width` bytes; `dense`: for `push_rows`.
 
         Raises:
             CapacityError: `ring_depth` trips of this direction are under way already.
@@ -172,6 +186,8 @@ class Window:
         free.sort()
         slot = free.pop(0)
         if slot in self._abandoned:
+            if self.copies is not None:  # they may still fly, and what comes next must not be overwritten by them
+                torch.cuda.current_stream(self.device).wait_stream(self.copies.flags)
             ep.ep_skip(self.peers, self.state, self._abandoned.pop(slot))
         of_trip = (
             width,
@@ -181,7 +197,8 @@ class Window:
             link.config_hash & 0x7FFFFFFF,
             _MAGIC,
         )  # in the order of ep.COMPARED, with which the words of a trip end
-        words = [*_slot_words(self.size, slot, self.rank), int(link.deadline_s * 1e9), *of_trip]
+        piece_rows = self.size.piece_rows(width) if dense else 0
+        words = [*_slot_words(self.size, slot, self.rank, piece_rows), int(link.deadline_s * 1e9), *of_trip]
         return Trip(self, slot, torch.tensor(words, dtype=torch.int64), at)
 
     def send(self, trip: Trip, op: Any, *args: Any, **options: Any) -> None:
@@ -204,6 +221,25 @@ class Window:
         trip.sent.record(self.stream)
         trip.held += [value for value in (*args, *options.values()) if isinstance(value, Tensor) and value.is_cuda]
 
+    def push_rows(self, trip: Trip, rows: Tensor, encoded: Tensor | None) -> None:
+        """Begin a dense trip with its rows; its words follow by `send`. See `ep_push_rows`."""
+        args: dict[str, Any] = {"encoded": encoded, "addresses": self.addresses}
+        if self.stream is None:
+            ep.ep_open(self.peers, self.state, trip.words)
+            ep.ep_push_rows(self.peers, self.state, rows, trip.words, **args)
+            return
+        if self.copies is None:
+            self.copies = CopyStreams(torch.cuda.Stream(self.device), torch.cuda.Stream(self.device, priority=-1))
+        copies, flags = self.copies.copies, self.copies.flags
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            ep.ep_open(self.peers, self.state, trip.words)
+        flags.wait_stream(self.stream)
+        with torch.cuda.stream(flags):
+            ep.ep_push_rows(self.peers, self.state, rows, trip.words, **args, copy_stream=copies.cuda_stream)
+            trip.copied = flags.record_event()
+        trip.held += [tensor for tensor in (rows, encoded) if tensor is not None]
+
     def take(
         self, trip: Trip, rows: Tensor, tokens_RS: Tensor, base_R1: Tensor, counts_R: Tensor, **options: Any
     ) -> None:
@@ -217,6 +253,8 @@ class Window:
         if self.stream is not None and trip.sent is not None:
             stream = torch.cuda.current_stream(self.stream.device_index)
             stream.wait_event(trip.sent)
+            if trip.copied is not None:
+                stream.wait_event(trip.copied)
             if stream != trip.sender:  # who frees what the send read has not waited for it
                 self._release(trip.held)
             trip.held.clear()
@@ -230,8 +268,10 @@ class Window:
     def _release(self, held: list[Tensor]) -> None:
         """Let the allocator wait for the send before it gives this memory away."""
         if self.stream is not None:
+            streams = [self.stream] if self.copies is None else [self.stream, self.copies.copies, self.copies.flags]
             for tensor in held:
-                tensor.record_stream(self.stream)
+                for stream in streams:
+                    tensor.record_stream(stream)
 
     def check(self, link: Link, state: list[int] | None = None) -> None:
         """Raise what the ops found, if anything. Synchronises unless the words of `state` are given.
@@ -267,6 +307,11 @@ class Window:
             raise RankMismatch(
                 f"rank {peer} announced {seen} rows at {at}, at most {wanted} fit; its memory is damaged"
             )
+        if error == ep.GAVE_UP:
+            raise DispatchTimeout(
+                f"rank {peer} went on after an error of its own without waiting until its rows were read here at {at}: "
+                "they may be overwritten; see that rank's error"
+            )
         raise CapacityError(
             f"static dispatch buffer of {seen} rows overflowed at {at}: {wanted} rows arrived; raise "
             "dispatch.static_factor or set dispatch.overflow drop"
@@ -274,9 +319,12 @@ class Window:
 
 
 @functools.lru_cache(maxsize=256)
-def _slot_words(size: WindowSize, slot: int, rank: int) -> list[int]:
-    """The words of a trip that its slot decides; the deadline and the compared ones follow them."""
+def _slot_words(size: WindowSize, slot: int, rank: int, piece_rows: int) -> list[int]:
+    """The words of a trip that its slot decides; the deadline and the compared ones follow them. `piece_rows`: rows
+    under a flag, where it is not the size that decides it."""
     words = size.offsets(slot) | {"me": rank}
+    if piece_rows:
+        words["chunk_rows"] = piece_rows
     return [words[name] for name in ep.TRIP_WORDS[: -1 - len(ep.COMPARED)]]
 
 
@@ -293,78 +341,6 @@ def window_for(link: Link, need: WindowSize) -> Window:
 
 def _round(count: int) -> int:
     return -(-count // _ALIGN) * _ALIGN
-
-
-def _gather(link: Link, values: list[int]) -> list[list[int]]:
-    mine = torch.tensor(values, dtype=torch.int64, device=link.context.device)
-    every = mine.new_empty(link.size * len(values))
-    at = link.at("bind")
-    link.wait(link.start(lambda: compat.all_gather(link.group, every, mine), at), at, read=True)
-    return every.view(link.size, len(values)).tolist()
-
-
-def _share(num_bytes: int, link: Link) -> tuple[Tensor, list[int], Any]:
-    """Zeroed memory of this rank, every rank's address for it, and what must be kept alive."""
-    device, pid = link.context.device, os.getpid()
-    home = zlib.crc32(f"{os.uname().nodename} {_boot_id()}".encode())
-    places = _gather(link, [pid, home])
-    if len({place[1] for place in places}) > 1:
-        raise RankMismatch(
-            "dispatch.backend nvlink needs all ranks of the EP group on one host; use all_to_all across hosts"
-        )
-    if len({place[0] for place in places}) == 1:  # threads play the ranks
-        memory = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        _settle(device)
-        return memory, [row[0] for row in _gather(link, [memory.data_ptr()])], None
-    if device.type == "cuda":
-        memory, pointers, handle = compat.symmetric_memory(num_bytes, group=link.group, device=device)
-        memory.zero_()
-        _settle(device)
-        _gather(link, [0])  # nobody writes before everybody has zeroed
-        return memory, pointers, handle
-    path = "/dev/shm/moe_layer_{}_{}"
-    number = next(_names)
-    _reserve(path.format(pid, number), num_bytes)
-    memory = torch.from_file(path.format(pid, number), shared=True, size=num_bytes, dtype=torch.uint8)
-    memory.zero_()
-    places = _gather(link, [pid, number])
-    views = [
-        memory
-        if place == [pid, number]
-        else torch.from_file(path.format(*place), shared=True, size=num_bytes, dtype=torch.uint8)
-        for place in places
-    ]
-    _gather(link, [0])  # everybody has mapped everything: the names can go
-    os.unlink(path.format(pid, number))
-    return memory, [view.data_ptr() for view in views], views
-
-
-def _reserve(path: str, num_bytes: int) -> None:
-    """Make a file of that size now: a write to shared memory that is not there would end the process without a word."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-    try:
-        os.posix_fallocate(file, 0, num_bytes)
-    except OSError as error:
-        os.unlink(path)
-        raise CapacityError(
-            f"the dispatch window of {num_bytes} bytes does not fit into /dev/shm ({error.strerror}); lower "
-            "dispatch.max_tokens_per_rank, or give the container more shared memory"
-        ) from error
-    finally:
-        os.close(file)
-
-
-def _settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _boot_id() -> str:
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read().strip()
-    except OSError:
-        return ""
 
 
 def padded_width(num_bytes: int) -> int:

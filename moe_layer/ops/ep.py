@@ -1,4 +1,4 @@
-"""The expert-parallel trips over memory that every rank can reach: eight ops, each with a CPU body.
+"""The expert-parallel trips over memory that every rank can reach: ten ops, each with a CPU body.
 
 The bodies are the protocol's readable model: they work on raw addresses (`peers`), so threads of one process or
 processes that share memory can play the ranks, and csrc/ep_*.cu are their twins over NVLink. What lies where, and the
@@ -10,19 +10,24 @@ A trip moves rows from every rank to every rank through one *slot* of the window
              receiver's window: a header, a few words per row (`meta`), the rows; after each chunk a flag.
     receiver waits for the header and compares it with its own; reads rows as their flags come; gives the credit back.
 
+In a *dense* push the rows go first, all of them, token t as row t (`ep_open`, `ep_push_rows`); the words that say which
+ones are needed follow (`ep_push(dense=True)`).
+
 Flags are epochs: the number of trips made through the slot, counted in `state` on the device, so that nothing is reset
 and a captured CUDA graph can be replayed. Every wait has a deadline. What goes wrong is kept in `state` (the first
 report stays), later ops do nothing, and outputs are filled with 0xFF bytes, a NaN in every floating dtype.
 
 Shape letters: T tokens, K slots, R ranks, S the longest list of rows, C compact rows, N expert-major rows, D hidden.
 
-The model of a trip is ep_model.py, the ops are in ep_send.py, ep_arrange.py and ep_receive.py.
+The model of a trip is ep_model.py, the ops are in ep_send.py, ep_dense.py, ep_arrange.py and ep_receive.py.
 """
 
 from moe_layer.ops.ep_arrange import Arranged, ep_arrange, ep_await
+from moe_layer.ops.ep_dense import ep_open, ep_push_rows
 from moe_layer.ops.ep_model import (
     BAD_COUNT,
     COMPARED,
+    GAVE_UP,
     HEADER_BYTES,
     MISMATCH,
     OVERFLOW,
@@ -38,6 +43,7 @@ from moe_layer.ops.ep_send import ep_plan, ep_push, ep_reduce_push
 __all__ = [
     "BAD_COUNT",
     "COMPARED",
+    "GAVE_UP",
     "HEADER_BYTES",
     "MISMATCH",
     "OVERFLOW",
@@ -50,8 +56,10 @@ __all__ = [
     "ep_arrange",
     "ep_await",
     "ep_home",
+    "ep_open",
     "ep_plan",
     "ep_push",
+    "ep_push_rows",
     "ep_reduce_push",
     "ep_skip",
     "ep_take",

@@ -26,7 +26,9 @@ TRIP_WORDS = (
     "max_rows",
     "chunk_rows",
     "max_chunks",
-    "fault",  # byte offset, the same in all slots: a word a source, not 0 once that rank's rows have overflowed
+    # byte offset, the same in all slots: a word a source, not 0 once that rank's rows have overflowed, then a word a
+    # source, not 0 once that rank went on without a credit (ep_open)
+    "fault",
     "deadline_ns",
     "width",  # bytes of a row on this trip; this and the next five are compared between the ranks
     "layer",
@@ -40,7 +42,7 @@ COMPARED = ("width", "layer", "phase", "step", "config", "magic")
 # state: error, peer, wanted, seen, phase, layer, step, index into COMPARED; then by slot sent, received and the
 # kernels' tickets
 STATE_HEAD, SLOT_WORDS = 8, 8
-TIMEOUT, MISMATCH, BAD_COUNT, OVERFLOW, PEER_OVERFLOW = 1, 2, 3, 4, 5
+TIMEOUT, MISMATCH, BAD_COUNT, OVERFLOW, PEER_OVERFLOW, GAVE_UP = 1, 2, 3, 4, 5, 6
 WIRE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WIRES = {code: dtype for dtype, code in WIRE_CODES.items()}
 
@@ -125,12 +127,12 @@ class Trip:
         for peer in range(self.ranks):
             self.wait(peer, "credit", peer, epoch=int(self.sent))
 
-    def write_headers(self, counts: Sequence[int]) -> None:
+    def write_headers(self, counts: Sequence[int], *, epoch: Tensor) -> None:
         for peer in range(self.ranks):
             header = self.ints(peer, self.words["header"] + HEADER_BYTES * self.me, HEADER_BYTES // 4)
             header[: len(COMPARED)] = torch.tensor([self.words[name] for name in COMPARED]).int()
             header[len(COMPARED)] = counts[peer]
-            self.word(peer, "ready", self.me).copy_(self.sent + 1)
+            self.word(peer, "ready", self.me).copy_(epoch)
 
     def headers(self) -> list[int]:
         """Rows from each rank, once all headers are there and agree with this rank's."""
@@ -147,7 +149,7 @@ class Trip:
             counts.append(count)
         return counts
 
-    def send_rows(self, rows_of: Callable[[int, int], Tensor], counts: Sequence[int]) -> None:
+    def send_rows(self, rows_of: Callable[[int, int], Tensor], counts: Sequence[int], *, epoch: Tensor) -> None:
         """`rows_of(peer, count)`: uint8 [count, width]. Own rows stay at home."""
         chunk = self.words["chunk_rows"]
         for peer in range(self.ranks):
@@ -157,15 +159,31 @@ class Trip:
             target = self.rows(peer, self.me, counts[peer])
             for first in range(0, counts[peer], chunk):
                 target[first : first + chunk] = rows[first : first + chunk]
-                self.word(peer, "flags", self.me * self.words["max_chunks"] + first // chunk).copy_(self.sent + 1)
+                self.word(peer, "flags", self.me * self.words["max_chunks"] + first // chunk).copy_(epoch)
 
-    def await_rows(self, source: int, count: int) -> Tensor:
-        """The rows of a source, uint8 [count, width], once they are all there."""
-        chunk = self.words["chunk_rows"]
-        for first in range(0, count, chunk):
-            index = source * self.words["max_chunks"] + first // chunk
-            self.wait(source, "flags", index, epoch=int(self.received) + 1)
-        return self.rows(self.me, source, count)
+    def await_rows(self, source: int, count: int, tokens: Tensor | None = None) -> Tensor:
+        """Rows of a source, uint8 [count, width], once they are all there: the first ones, or those of the tokens
+        (int32 [count], dense push)."""
+        chunk, most = self.words["chunk_rows"], self.words["max_rows"]
+        index = torch.arange(count) if tokens is None else tokens.long()
+        for bad in index[(index < 0) | (index >= most)][:1].tolist():
+            raise self.fail(BAD_COUNT, peer=source, wanted=most, seen=bad)
+        for piece in (index // chunk).unique().tolist():
+            flag = source * self.words["max_chunks"] + piece
+            self.wait(source, "flags", flag, epoch=int(self.received) + 1)
+        return self.rows(self.me, source, int(index.max()) + 1 if count else 0).index_select(0, index)
+
+    def give_up(self) -> None:
+        """Tell all ranks that this one goes on without credits."""
+        for peer in range(self.ranks):
+            self.word(peer, "fault", self.ranks + self.me).fill_(1)
+
+    def check_peers(self) -> None:
+        """After everything has been read: nobody went on without this rank's credit, so nothing was overwritten."""
+        for peer in range(self.ranks):
+            if int(self.word(self.me, "fault", self.ranks + peer)):
+                code = PEER_OVERFLOW if int(self.word(self.me, "fault", peer)) else GAVE_UP
+                raise self.fail(code, peer=peer, wanted=int(self.received) + 1, seen=0)
 
     def finish_receiving(self) -> None:
         self.received.add_(1)

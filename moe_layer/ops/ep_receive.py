@@ -35,6 +35,7 @@ def ep_take(
     offsets_L1: Tensor | None = None,
     out: Tensor,
     fp8: bool = False,
+    token_C: Tensor | None = None,
 ) -> None:
     """Copy the rows of a trip out of the window as they arrive: compact row c to the rows `row_CK[c]` of `out`.
 
@@ -44,9 +45,12 @@ def ep_take(
         row_CK: int32, -1 = absent; None: row c of `out` is compact row c.
         slot_N, offsets_L1: with both, rows of `out` that are pads (slot_N < 0, before the last offset) become zeros.
         out: `[N, width bytes]`, filled with 0xFF after a failure; with `fp8` bf16 (as `rows`), decoded on the way.
+        token_C: int32, of a dense push: compact row c lies in the window as row `token_C[c]` of its source.
     """
     op = torch.ops.moe_layer.ep_take
-    call_plain(op, peers, state, rows, tokens_RS, base_R1, counts_R, row_CK, slot_N, offsets_L1, trip, out, fp8)
+    call_plain(
+        op, peers, state, rows, tokens_RS, base_R1, counts_R, row_CK, slot_N, offsets_L1, trip, out, fp8, token_C
+    )
 
 
 @torch.library.custom_op("moe_layer::ep_take", mutates_args=("state", "out"))
@@ -63,6 +67,7 @@ def _ep_take(
     trip: Tensor,
     out: Tensor,
     fp8: bool,
+    token: Tensor | None,
 ) -> None:
     t = Trip(peers, state, trip)
     begin = base.tolist()
@@ -77,7 +82,8 @@ def _ep_take(
                 own = rows.index_select(0, tokens[t.me, :count])
                 arrived = encoded_rows(own, t.width) if fp8 else as_bytes(own)
             else:
-                arrived = t.await_rows(source, count)
+                mine = None if token is None else token[begin[source] : begin[source] + count]
+                arrived = t.await_rows(source, count, mine)
             arrived = as_bytes(decoded_rows(arrived, rows.shape[1])) if fp8 else arrived
             first = begin[source]
             if row_index is None:
@@ -86,6 +92,7 @@ def _ep_take(
                 index = row_index[first : first + count]
                 place = (index >= 0).nonzero()
                 _store(out, arrived, index[place[:, 0], place[:, 1]].long(), place[:, 0])
+        t.check_peers()
     except Failed:
         poison(out)
         return

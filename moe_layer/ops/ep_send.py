@@ -59,6 +59,7 @@ def ep_push(
     counts_E: Tensor | None = None,
     blocks: int,
     fp8: bool = False,
+    dense: bool = False,
 ) -> None:
     """Send `rows[tokens_RS[r, i]]` to rank r as its row i, i < counts_R[r]; words of meta0 and meta1 go before them.
 
@@ -70,9 +71,10 @@ def ep_push(
         counts_E: int32, with the words: each rank gets those of its own experts.
         blocks: thread blocks, which is the number of multiprocessors that the send occupies at most; 0: as many as
             serve the link.
+        dense: headers and words alone, of a trip that `ep_open` began: `ep_push_rows` sends the rows.
     """
     op = torch.ops.moe_layer.ep_push
-    call_plain(op, peers, state, rows, tokens_RS, counts_R, meta0, places, meta1, counts_E, trip, blocks, fp8)
+    call_plain(op, peers, state, rows, tokens_RS, counts_R, meta0, places, meta1, counts_E, trip, blocks, fp8, dense)
 
 
 @torch.library.custom_op("moe_layer::ep_push", mutates_args=("state",))
@@ -89,14 +91,16 @@ def _ep_push(
     trip: Tensor,
     blocks: int,
     fp8: bool,
+    dense: bool,
 ) -> None:
     t = Trip(peers, state, trip)
     try:
         t.start()
-        t.wait_credits()
+        if not dense:
+            t.wait_credits()
     except Failed:
         return
-    count_R = counts.tolist()
+    epoch, count_R = t.sent + (not dense), counts.tolist()
     for peer in range(t.ranks):
         index = tokens[peer, : count_R[peer]]
         extra = [m.view(torch.int32).index_select(0, index) for m in (meta0, places, meta1) if m is not None]
@@ -106,9 +110,11 @@ def _ep_push(
         if counts_E is not None:
             own = counts_E.view(t.ranks, -1)[peer]
             t.expert_counts(peer, t.me, own.numel()).copy_(own)
-    t.write_headers(count_R)
+    t.write_headers(count_R, epoch=epoch)
+    if dense:
+        return
     source = encoded_rows(rows, t.width) if fp8 else as_bytes(rows)
-    t.send_rows(lambda peer, count: source.index_select(0, tokens[peer, :count]), count_R)
+    t.send_rows(lambda peer, count: source.index_select(0, tokens[peer, :count]), count_R, epoch=epoch)
     t.sent.add_(1)
 
 
@@ -167,10 +173,10 @@ def _ep_reduce_push(
     count_R = [begin[r + 1] - begin[r] for r in range(t.ranks)]
     part = partial_rows(rows, row_index, ids, num_experts, tree_blocks, compact)[: begin[-1]]
     source = as_bytes(part.to(WIRES[wire]))
-    t.write_headers(count_R)
+    t.write_headers(count_R, epoch=t.sent + 1)
     for peer in range(t.ranks):
         if probs is not None and peer != t.me:
             words = slot_values(probs, row_index[begin[peer] : begin[peer + 1]])
             t.meta(peer, t.me, count_R[peer], words.shape[1]).copy_(words.view(torch.int32))
-    t.send_rows(lambda peer, count: source[begin[peer] : begin[peer] + count], count_R)
+    t.send_rows(lambda peer, count: source[begin[peer] : begin[peer] + count], count_R, epoch=t.sent + 1)
     t.sent.add_(1)

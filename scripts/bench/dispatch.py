@@ -61,7 +61,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--backends",
         default="all_to_all,nvlink,nvlink:static",
-        help="comma-separated; `:static` for static capacity; those that this version lacks are skipped",
+        help="comma-separated; `:static` for static capacity, `:static:dense` or `:static:slots` for dispatch.push as "
+        "well; those that this version lacks are skipped",
     )
     parser.add_argument("--shapes", nargs="*", choices=sorted(SHAPES), help="for dispatch and combine apart")
     parser.add_argument("--layer-shapes", nargs="*", choices=sorted(dispatch_layer.SHAPES))

@@ -33,17 +33,21 @@ STATIC_FACTOR = 1.25  # rows per T*K under static capacity; uniform routing over
 
 
 def dispatch_config(backend: str, *, tokens: int, **options: Any) -> DispatchConfig:
-    """The configuration of `all_to_all`, `nvlink`, ..., or of `nvlink:static` (static capacity, no host read).
+    """The configuration of `all_to_all`, `nvlink`, ..., of `nvlink:static` (static capacity, no host read), or of
+    `nvlink:static:dense` (`dispatch.push`).
 
     Raises:
         ConfigError: this version has no such backend or option.
     """
-    name, _, capacity = backend.partition(":")
+    name, _, rest = backend.partition(":")
+    capacity, _, push = rest.partition(":")
     options |= {"backend": name, "deadline_s": 20.0}
     if capacity or name == "nvlink":
         options["max_tokens_per_rank"] = tokens
     if capacity:
         options |= {"capacity": capacity, "static_factor": STATIC_FACTOR}
+    if push:
+        options["push"] = push
     return DispatchConfig(**options)
 
 
@@ -104,7 +108,10 @@ class UndedupedDispatcher:
         dist.all_to_all_single(target, rows, recv_R, send_R, group=self.group)
         return target
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, splits: Splits | None = None) -> Received:
+    def dispatch_begin(self, x_TD: Tensor) -> None:
+        return None
+
+    def dispatch(self, x_TD: Tensor, routing: Routing, splits: Splits | None = None, *, begun: None = None) -> Received:
         splits = self.splits(routing) if splits is None else splits
         rows, probs_N = _UndedupedOut.apply(x_TD, routing.weights_TK, routing.ids_TK, self, splits)
         return Received(
@@ -211,7 +218,10 @@ class CopyDispatcher:
         self.template, self.copies = template, Copies.of(template)
         self.compact = template.index_N is not None
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> Received:
+    def dispatch_begin(self, x_TD: Tensor) -> None:
+        return None
+
+    def dispatch(self, x_TD: Tensor, routing: Routing, *, begun: None = None) -> Received:
         rows, probs_N = _CopyOut.apply(x_TD, routing.weights_TK, self)
         found = {name: getattr(self.template, name) for name in Received.__dataclass_fields__}
         return Received(**found | {"rows": rows, "probs_N": probs_N, "act_probs_N": probs_N, "state": x_TD.dtype})

@@ -42,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="T4096-D7168-E256-K8")
     parser.add_argument("--budgets", type=int, nargs="*", default=[8, 32, 128], help="sm_budget beside the default")
+    parser.add_argument("--push", choices=("slots", "dense"), default="slots")
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--out", type=Path, default=None, help="append JSON lines here")
     arguments = parser.parse_args()
@@ -96,6 +97,7 @@ def measure(arguments: argparse.Namespace, context: ParallelContext, meter: Mete
                 rows=rows,  # type: ignore[arg-type]
                 dispatch_format=form,  # type: ignore[arg-type]
                 sm_budget=budget,
+                push=arguments.push,
             )
             dispatcher = make_dispatcher(config, num_experts=experts, top_k=top_k, context=context)
             received = dispatcher.dispatch(x, routing)
@@ -127,7 +129,7 @@ def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
     dist.init_process_group("nccl", init_method=rendezvous, rank=rank, world_size=2)
     store = prefixed(default_store(), "bench")
     context = ParallelContext(dist.group.WORLD, ep_rank=rank, ep_size=2, device=device, store=store)
-    header = {"bench": "dispatch_timeline", "shape": arguments.shape, **about(device, 2)}
+    header = {"bench": "dispatch_timeline", "shape": arguments.shape, "push": arguments.push, **about(device, 2)}
     header["date"] = date.today().isoformat()
     for row in measure(arguments, context, Meter(device, dist.group.WORLD)):
         if rank != 0:

@@ -38,7 +38,11 @@ class Case:
 
 
 def config_for(backend: str, **keys: Any) -> DispatchConfig:
-    """A configuration of any backend: nvlink also wants to know how many tokens a rank may send."""
+    """A configuration of any backend: nvlink also wants to know how many tokens a rank may send. `nvlink:dense` is
+    nvlink with that `push`."""
+    backend, _, push = backend.partition(":")
+    if push:
+        keys = {"push": push} | keys
     if backend == "nvlink":
         keys = {"max_tokens_per_rank": 64} | keys
     return DispatchConfig(backend=backend, **keys)  # type: ignore[arg-type]

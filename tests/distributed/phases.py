@@ -33,16 +33,17 @@ def open_windows(size: WindowSize, links: list[Link], memories: list[Tensor] | N
     device = links[0].context.device
     if memories is None:
         memories = [torch.zeros(size.num_bytes, dtype=torch.uint8, device=device) for _ in links]
-    peers = torch.tensor([memory.data_ptr() for memory in memories], dtype=torch.int64).to(device)
+    addresses = torch.tensor([memory.data_ptr() for memory in memories], dtype=torch.int64)
+    peers = addresses.to(device)
     windows = []
     for link, memory in zip(links, memories, strict=True):
         window = Window.__new__(Window)
         window.size, window.rank, window.device = size, link.rank, device
-        window.memory, window.peers, window._keep = memory, peers, None
+        window.memory, window.peers, window.addresses, window._keep = memory, peers, addresses, None
         words = ep.STATE_HEAD + 2 * size.depth * ep.SLOT_WORDS
         window.state = torch.zeros(words, dtype=torch.int32, device=device)
         window.free = ([*range(size.depth)], [*range(size.depth, 2 * size.depth)])
-        window._abandoned, window._events, window.stream = {}, {}, None
+        window._abandoned, window._events, window.stream, window.copies = {}, {}, None, None
         link.context.window = window
         windows.append(window)
     return windows
@@ -98,12 +99,14 @@ class PhaseRanks:
         return [Result(y.detach(), x.grad, w.grad, e.grad) for y, x, w, e in parts]  # type: ignore[arg-type]
 
 
-def large_case(device: str, *, tokens: int, max_tokens: int, hidden: int, dtype: torch.dtype) -> None:
+def large_case(
+    device: str, *, tokens: int, max_tokens: int, hidden: int, dtype: torch.dtype, push: str = "slots"
+) -> None:
     """Rank 0 sends `tokens` rows to rank 1's only expert, rank 1 sixteen to rank 0's; both get theirs back as they are.
 
     The windows are as large as `max_tokens` says: on a CPU their pages exist only where somebody writes.
     """
-    config = DispatchConfig(backend="nvlink", max_tokens_per_rank=max_tokens, ring_depth=1, deadline_s=30.0)
+    config = DispatchConfig(backend="nvlink", max_tokens_per_rank=max_tokens, ring_depth=1, deadline_s=30.0, push=push)  # type: ignore[arg-type]
     size = WindowSize(2, max_tokens, hidden * dtype.itemsize, 4, 1, 1)
     links = make_links(2, device, config.deadline_s)
     memories = None

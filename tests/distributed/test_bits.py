@@ -10,7 +10,7 @@ from tests import oracle_dispatch
 from tests.distributed.cases import Case, assert_same_bits, config_for, even_cuts, joined, make_case, run_case
 from tests.distributed.ranks import ThreadRanks
 
-BACKENDS = ("all_to_all", "all_gather", "replicated", "nvlink")
+BACKENDS = ("all_to_all", "all_gather", "replicated", "nvlink", "nvlink:dense")
 PROBS = ("activation", "combine", "source")
 
 
@@ -31,7 +31,7 @@ def test_ranks_do_not_change_bits(
     assert_same_bits(got, want)
 
 
-@pytest.mark.parametrize("backend", ["all_to_all", "all_gather", "nvlink"])
+@pytest.mark.parametrize("backend", ["all_to_all", "all_gather", "nvlink", "nvlink:dense"])
 def test_any_split_of_the_tokens(ranks: ThreadRanks, backend: str) -> None:
     """Other token counts every step, zero on one or all ranks included, on the same groups."""
     g = torch.Generator().manual_seed(0)

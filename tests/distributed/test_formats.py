@@ -30,7 +30,7 @@ from tests.distributed.cases import (
 )
 from tests.distributed.ranks import ThreadRanks
 
-BACKENDS = ("all_to_all", "all_gather", "replicated", "nvlink")
+BACKENDS = ("all_to_all", "all_gather", "replicated", "nvlink", "nvlink:dense")
 PROBS = ("activation", "combine", "source")
 FP8 = DispatchConfig(dispatch_format="fp8_1x128")
 TABLE = [m / 8 * 2.0**-6 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7) for e in range(16) for m in range(8)][:-1]
@@ -137,7 +137,7 @@ def test_bf16_rows(ranks: ThreadRanks, backend: str, apply_probs: str) -> None:
         assert_same_bits(got, want)
 
 
-@pytest.mark.parametrize("backend", ["all_to_all", "all_gather", "nvlink"])
+@pytest.mark.parametrize("backend", ["all_to_all", "all_gather", "nvlink", "nvlink:dense"])
 def test_uneven_and_idle_ranks(ranks: ThreadRanks, backend: str) -> None:
     config = config_for(backend, dispatch_format="fp8_1x128")
     for T, cuts in ((9, [0, 0, 5, 5, 9]), (0, [0, 0, 0, 0, 0]), (7, [0, 7, 7, 7, 7])):

@@ -22,7 +22,7 @@ from moe_layer.types import Routing
 from tests.distributed.cases import Case, assert_same_bits, config_for, even_cuts, joined, make_case, run_case
 from tests.distributed.ranks import ThreadRanks
 
-BACKENDS = ("all_to_all", "all_gather", "replicated", "nvlink")
+BACKENDS = ("all_to_all", "all_gather", "replicated", "nvlink", "nvlink:dense")
 PROBS = ("activation", "combine", "source")
 FP8 = DispatchConfig(dispatch_format="fp8_1x128")
 

@@ -26,7 +26,7 @@ from tests.distributed.cases import (
 )
 from tests.distributed.ranks import ThreadRanks
 
-BACKENDS = ("all_to_all", "all_gather", "replicated", "nvlink")
+BACKENDS = ("all_to_all", "all_gather", "replicated", "nvlink", "nvlink:dense")
 
 
 def routing_of(case: Case, mine: slice, w: torch.Tensor | None = None) -> Routing:
@@ -95,7 +95,7 @@ def test_received_against_loops(ranks: ThreadRanks, size: int, backend: str, row
             assert all(want[n][0] == e for n, e in zip(slots, owners, strict=True) if n >= 0)  # type: ignore[index]
 
 
-@pytest.mark.parametrize("backend", ["all_to_all", "all_gather", "nvlink"])
+@pytest.mark.parametrize("backend", ["all_to_all", "all_gather", "nvlink", "nvlink:dense"])
 @pytest.mark.parametrize("apply_probs", ["activation", "combine", "source"])
 @pytest.mark.parametrize("alignment", [8, 128])
 def test_alignment_changes_no_value(ranks: ThreadRanks, backend: str, apply_probs: str, alignment: int) -> None:
@@ -148,11 +148,11 @@ def _dropped(case: Case, *, size: int, capacity: int) -> set[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("backend", ["all_to_all", "all_gather", "nvlink"])
+@pytest.mark.parametrize("backend", ["all_to_all", "all_gather", "nvlink", "nvlink:dense"])
 @pytest.mark.parametrize("apply_probs", ["activation", "source"])
 def test_overflow_drops_from_the_last_token_down(ranks: ThreadRanks, size: int, backend: str, apply_probs: str) -> None:
     case = make_case(3, T=24, D=8, E=8, K=3)
-    keys = {"max_tokens_per_rank": 24 // size} if backend == "nvlink" else {}
+    keys = {"max_tokens_per_rank": 24 // size} if backend.startswith("nvlink") else {}
     config = config_for(backend, capacity="static", static_factor=0.6, overflow="drop", apply_probs=apply_probs, **keys)
     capacity = math.ceil(0.6 * (24 // size) * 3)
     lost = _dropped(case, size=size, capacity=capacity)

@@ -28,6 +28,9 @@ def _config(**keys: Any) -> DispatchConfig:
     return DispatchConfig(**{"backend": "nvlink", "max_tokens_per_rank": 32, "deadline_s": 10.0, **keys})
 
 
+both_pushes = pytest.mark.parametrize("push", ["slots", "dense"])
+
+
 def _dispatch(case: Case, config: DispatchConfig, context: ParallelContext, **options: Any) -> Any:
     dispatcher = make_dispatcher(config, num_experts=case.num_experts, top_k=case.top_k, context=context, **options)
     return dispatcher.dispatch(case.x_TD, Routing.from_ids(case.ids_TK, case.w_TK, num_experts=case.num_experts))
@@ -36,14 +39,15 @@ def _dispatch(case: Case, config: DispatchConfig, context: ParallelContext, **op
 # ---- any number of ranks, any routing -------------------------------------------------------------------------------
 
 
+@both_pushes
 @pytest.mark.parametrize("size", [3, 6, 16])
 @pytest.mark.parametrize("rows", ["expert_major", "compact"])
 @pytest.mark.parametrize("apply_probs", ["activation", "combine"])
-def test_any_number_of_ranks(ranks: ThreadRanks, size: int, rows: str, apply_probs: str) -> None:
+def test_any_number_of_ranks(ranks: ThreadRanks, size: int, rows: str, apply_probs: str, push: str) -> None:
     """All ranks in one thread, phase by phase; the slots of the ring are used again and again."""
     case = make_case(size, T=26, D=16, E=48, K=4)
     keys: dict[str, Any] = {"rows": rows, "apply_probs": apply_probs}
-    phases = PhaseRanks(_config(**keys), case, size)
+    phases = PhaseRanks(_config(push=push, **keys), case, size)
     for turn in range(3):
         got = joined(phases.run(case, cuts=[0] * size + [26] if turn == 1 else None))
     if size == 16:
@@ -71,11 +75,12 @@ ROUTINGS: dict[str, Case] = {
 }
 
 
+@both_pushes
 @pytest.mark.parametrize("name", ROUTINGS)
 @pytest.mark.parametrize("rows", ["expert_major", "compact"])
-def test_shapes_of_the_routing(ranks: ThreadRanks, name: str, rows: str) -> None:
+def test_shapes_of_the_routing(ranks: ThreadRanks, name: str, rows: str, push: str) -> None:
     case = ROUTINGS[name]
-    got = joined(ranks.run(4, lambda context: run_case(case, _config(rows=rows), context)))
+    got = joined(ranks.run(4, lambda context: run_case(case, _config(rows=rows, push=push), context)))
     assert_same_bits(got, run_case(case, DispatchConfig()))
     if name == "nothing":
         assert not any(torch.count_nonzero(t) for t in (got.y, got.dx, got.dw, got.d_experts))
@@ -84,12 +89,13 @@ def test_shapes_of_the_routing(ranks: ThreadRanks, name: str, rows: str) -> None
         assert (found.double() - want).abs().max() <= 5e-6 * want.abs().max()
 
 
+@both_pushes
 @pytest.mark.parametrize("alignment", [8, 16, 128])
-def test_pads_are_zero_after_a_larger_step(ranks: ThreadRanks, alignment: int) -> None:
+def test_pads_are_zero_after_a_larger_step(ranks: ThreadRanks, alignment: int, push: str) -> None:
     """Deterministic algorithms fill new memory with NaN: a pad that nobody writes would show. Same bits as without."""
     large, small = (make_case(seed, T=T, D=16, E=8, K=3) for seed, T in ((1, 60), (2, 14)))
     want = run_case(small, DispatchConfig())
-    config = _config(alignment=alignment)
+    config = _config(alignment=alignment, push=push)
 
     def pads(context: ParallelContext) -> Tensor:
         rank = context.ep_rank
@@ -108,7 +114,7 @@ def test_pads_are_zero_after_a_larger_step(ranks: ThreadRanks, alignment: int) -
             assert torch.count_nonzero(rows) == 0
         assert torch.empty(4).isnan().all()
         assert_same_bits(joined(ranks.run(2, lambda context: run_case(small, config, context))), want)
-        compact = _config(rows="compact")
+        compact = _config(rows="compact", push=push)
         assert_same_bits(joined(ranks.run(2, lambda context: run_case(small, compact, context))), want)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -117,9 +123,10 @@ def test_pads_are_zero_after_a_larger_step(ranks: ThreadRanks, alignment: int) -
 # ---- static capacity ------------------------------------------------------------------------------------------------
 
 
+@both_pushes
 @pytest.mark.parametrize(("rows", "alignment"), [("expert_major", 1), ("expert_major", 8), ("compact", 1)])
-def test_static_rows_have_one_size_and_the_same_bits(ranks: ThreadRanks, rows: str, alignment: int) -> None:
-    config = _config(capacity="static", static_factor=3.0, rows=rows, alignment=alignment)
+def test_static_rows_have_one_size_and_the_same_bits(ranks: ThreadRanks, rows: str, alignment: int, push: str) -> None:
+    config = _config(capacity="static", static_factor=3.0, rows=rows, alignment=alignment, push=push)
     want_rows = static_rows(config, slots=32 * 3) if rows == "expert_major" else 2 * 32
     for seed, T in ((0, 40), (1, 7), (2, 0)):
         case = make_case(seed, T=T, D=8, E=8, K=3)
@@ -130,11 +137,12 @@ def test_static_rows_have_one_size_and_the_same_bits(ranks: ThreadRanks, rows: s
         assert received.rows.shape == (want_rows, 8)
 
 
+@both_pushes
 @pytest.mark.parametrize(("rows", "alignment"), [("expert_major", 1), ("expert_major", 8), ("compact", 1)])
-def test_overflow_raises(ranks: ThreadRanks, rows: str, alignment: int) -> None:
+def test_overflow_raises(ranks: ThreadRanks, rows: str, alignment: int, push: str) -> None:
     """Every slot wants rank 1, whose rows do not fit: an error there for ever, which tells rank 0 at once."""
     case = _with_ids(make_case(0, T=10, D=8, E=8, K=2), lambda ids: torch.full_like(ids, 7))
-    config = _config(capacity="static", static_factor=0.25, deadline_s=60.0, rows=rows, alignment=alignment)
+    config = _config(capacity="static", static_factor=0.25, deadline_s=60.0, rows=rows, alignment=alignment, push=push)
 
     def one(context: ParallelContext) -> list[str]:
         found = []
@@ -156,13 +164,16 @@ def test_overflow_raises(ranks: ThreadRanks, rows: str, alignment: int) -> None:
     assert "unusable since" in full[1] and "unusable since" in waiting[1]
 
 
+@both_pushes
 @pytest.mark.parametrize(("rows", "alignment"), [("expert_major", 1), ("expert_major", 8), ("compact", 1)])
-def test_overflow_as_on_a_gpu(ranks: ThreadRanks, monkeypatch: pytest.MonkeyPatch, rows: str, alignment: int) -> None:
+def test_overflow_as_on_a_gpu(
+    ranks: ThreadRanks, monkeypatch: pytest.MonkeyPatch, rows: str, alignment: int, push: str
+) -> None:
     """Where nothing is read on the host: no row out of bounds, NaN in every output from there on, then `check()`."""
     monkeypatch.setattr(FusedCall, "report", lambda call: None)
     small = make_case(1, T=10, D=8, E=8, K=2)
     case = _with_ids(small, lambda ids: torch.full_like(ids, 7))
-    config = _config(capacity="static", static_factor=0.25, deadline_s=0.5, rows=rows, alignment=alignment)
+    config = _config(capacity="static", static_factor=0.25, deadline_s=0.5, rows=rows, alignment=alignment, push=push)
 
     def one(context: ParallelContext) -> str:
         d = make_dispatcher(config, num_experts=8, top_k=2, context=context)
@@ -185,18 +196,19 @@ def test_overflow_as_on_a_gpu(ranks: ThreadRanks, monkeypatch: pytest.MonkeyPatc
 # ---- the window -----------------------------------------------------------------------------------------------------
 
 
-def _in_flight(depth: int, context: ParallelContext) -> None:
+def _in_flight(depth: int, push: str, context: ParallelContext) -> None:
     case = make_case(1, T=8, D=16, E=8, K=2)
-    dispatcher = make_dispatcher(_config(ring_depth=depth), num_experts=8, top_k=2, context=context)
+    dispatcher = make_dispatcher(_config(ring_depth=depth, push=push), num_experts=8, top_k=2, context=context)
     routing = Routing.from_ids(case.ids_TK, case.w_TK, num_experts=8)
     _ = [dispatcher.dispatch_send(case.x_TD, routing) for _ in range(3)]
 
 
-def test_ring_depth(ranks: ThreadRanks) -> None:
+@both_pushes
+def test_ring_depth(ranks: ThreadRanks, push: str) -> None:
     """Three dispatches in flight need a ring of three."""
-    for error in ranks.run(2, lambda context: _in_flight(2, context), fresh=True):
+    for error in ranks.run(2, lambda context: _in_flight(2, push, context), fresh=True):
         assert isinstance(error, CapacityError) and "raise dispatch.ring_depth" in str(error)
-    assert ranks.run(2, lambda context: _in_flight(3, context), fresh=True) == [None, None]
+    assert ranks.run(2, lambda context: _in_flight(3, push, context), fresh=True) == [None, None]
 
 
 def test_sm_budget(ranks: ThreadRanks, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,23 +263,25 @@ def test_a_wider_layer_makes_the_window_grow_once(ranks: ThreadRanks) -> None:
         assert sizes[0] < sizes[1] == sizes[2] == sizes[3]
 
 
-def test_addresses_beyond_2_to_the_31() -> None:
+@both_pushes
+def test_addresses_beyond_2_to_the_31(push: str) -> None:
     """A window of 9 GB of which a few pages exist; the GPU test fills one."""
-    large_case("cpu", tokens=100, max_tokens=2**20 + 1000, hidden=512, dtype=torch.float32)
+    large_case("cpu", tokens=100, max_tokens=2**20 + 1000, hidden=512, dtype=torch.float32, push=push)
 
 
 # ---- disagreement and exceptions ------------------------------------------------------------------------------------
 
 
+@both_pushes
 @pytest.mark.parametrize("what", ["layer", "step", "width"])
-def test_a_rank_that_is_elsewhere(ranks: ThreadRanks, what: str) -> None:
+def test_a_rank_that_is_elsewhere(ranks: ThreadRanks, what: str, push: str) -> None:
     """Rank 1 skips a layer, is a step behind, or has other rows: everybody gets the error, at once."""
 
     def one(context: ParallelContext) -> None:
         odd = context.ep_rank == 1
         context.step = 7
-        run_case(make_case(0, T=9, D=16, E=12, K=2), _config(), context)
-        dispatcher: Any = make_dispatcher(_config(), num_experts=12, top_k=2, context=context, layer_index=3)
+        run_case(make_case(0, T=9, D=16, E=12, K=2), _config(push=push), context)
+        dispatcher: Any = make_dispatcher(_config(push=push), num_experts=12, top_k=2, context=context, layer_index=3)
         dispatcher.link.layer += odd and what == "layer"
         context.step -= odd and what == "step"
         case = make_case(0, T=9, D=8 if odd and what == "width" else 16, E=12, K=2)
@@ -292,7 +306,11 @@ def _fail(where: str, case: Case, config: DispatchConfig, context: ParallelConte
     rank, L = context.ep_rank, case.num_experts // context.ep_size
     x, experts = case.x_TD.clone().requires_grad_(), case.experts[rank * L : (rank + 1) * L]
     d = make_dispatcher(config, num_experts=case.num_experts, top_k=case.top_k, context=context)
-    handle, token = d.dispatch_send(x, Routing.from_ids(case.ids_TK, case.w_TK, num_experts=case.num_experts))
+    begun = d.dispatch_begin(x)
+    if where == "router":
+        raise_bug()
+    routing = Routing.from_ids(case.ids_TK, case.w_TK, num_experts=case.num_experts)
+    handle, token = d.dispatch_send(x, routing, begun=begun)
     if where == "dispatch":
         raise_bug()
     received = d.dispatch_recv(handle, token)
@@ -307,8 +325,9 @@ def _fail(where: str, case: Case, config: DispatchConfig, context: ParallelConte
     y.backward(case.dy_TD)
 
 
-@pytest.mark.parametrize("where", ["dispatch", "experts", "combine", "backward", "backward of the experts"])
-def test_works_after_exceptions(ranks: ThreadRanks, where: str) -> None:
+@both_pushes
+@pytest.mark.parametrize("where", ["router", "dispatch", "experts", "combine", "backward", "backward of the experts"])
+def test_works_after_exceptions(ranks: ThreadRanks, where: str, push: str) -> None:
     """More often than the ring has slots; what is left half done is dropped and its slot given back."""
     case = make_case(4, T=12, D=8, E=8, K=3)
 
@@ -316,8 +335,8 @@ def test_works_after_exceptions(ranks: ThreadRanks, where: str) -> None:
         want = run_case(case, DispatchConfig(), context)
         for _ in range(5):
             with pytest.raises(Bug, match=where):
-                _fail(where, case, _config(), context)
-        assert_same_bits(run_case(case, _config(), context), want)
+                _fail(where, case, _config(push=push), context)
+        assert_same_bits(run_case(case, _config(push=push), context), want)
 
     ranks.run(2, one)
 

@@ -38,13 +38,15 @@ def _interleaved(d: Dispatcher, shares: list[Share], *leaves: Tensor) -> tuple[T
     return d.combine_recv(*back[0], add=beside), y1
 
 
-@pytest.mark.parametrize("rows", ["expert_major", "compact"])
+@pytest.mark.parametrize(("rows", "push"), [("expert_major", "slots"), ("compact", "slots"), ("expert_major", "dense")])
 @pytest.mark.parametrize("kind", ["none", "reentrant", "early stop", "to the end"])
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_pairs_of_calls_are_recomputed(ranks: ThreadRanks, rows: str, kind: str, order: tuple[int, int]) -> None:
+def test_pairs_of_calls_are_recomputed(
+    ranks: ThreadRanks, rows: str, push: str, kind: str, order: tuple[int, int]
+) -> None:
     """F0 F1 B0 B1 and F0 F1 B1 B0, each of them two calls whose halves interleave, under every kind of recompute."""
     cases = [[make_case(10 * i + j, T=18 + i, D=8, E=8, K=3) for j in range(2)] for i in range(2)]
-    config = config_for("nvlink", rows=rows, deadline_s=10.0)
+    config = config_for("nvlink", rows=rows, deadline_s=10.0, push=push)
 
     def region(d: Dispatcher, shares: list[Share]) -> tuple[Tensor, Tensor]:
         leaves = (shares[0].x, shares[0].w, shares[1].x, shares[1].w)
@@ -79,8 +81,9 @@ def test_pairs_of_calls_are_recomputed(ranks: ThreadRanks, rows: str, kind: str,
 # ---- many layers ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("push", ["slots", "dense"])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_48_layers_train_through_a_ring_of_two(ranks: ThreadRanks, recompute: bool) -> None:
+def test_48_layers_train_through_a_ring_of_two(ranks: ThreadRanks, recompute: bool, push: str) -> None:
     """All forwards, then all backwards: slots are free again as soon as they are received. The bits of all_to_all."""
     layers, case = 48, make_case(0, T=12, D=8, E=4, K=2)
 
@@ -112,7 +115,7 @@ def test_48_layers_train_through_a_ring_of_two(ranks: ThreadRanks, recompute: bo
         return x.detach(), weights.detach()
 
     def one(context: ParallelContext) -> None:
-        got = train(context, config_for("nvlink", max_tokens_per_rank=6, ring_depth=2, deadline_s=10.0))
+        got = train(context, config_for("nvlink", max_tokens_per_rank=6, ring_depth=2, deadline_s=10.0, push=push))
         assert context.window.size.depth == 2
         want = train(context, DispatchConfig(backend="all_to_all"))
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)) and torch.isfinite(got[0]).all()
@@ -167,6 +170,8 @@ LAYERS: dict[str, dict[str, Any]] = {
     "static, compact": {"capacity": "static", "static_factor": 2.0, "rows": "compact"},
     "combine": {"apply_probs": "combine"},
     "fp8 rows": {"dispatch_format": "fp8_1x128"},
+    "dense": {"push": "dense"},
+    "dense, static, compact": {"push": "dense", "capacity": "static", "static_factor": 2.0, "rows": "compact"},
 }
 
 
@@ -180,7 +185,8 @@ def test_a_layer_gives_the_bits_of_all_to_all(ranks: ThreadRanks, keys: dict[str
 
     def one(context: ParallelContext) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         keys_of_all = {"max_tokens_per_rank": 16} if keys.get("capacity") == "static" else {}
-        want = _step(_layer(context, backend="all_to_all", **keys, **keys_of_all), context.ep_rank)
+        plain = {name: value for name, value in keys.items() if name != "push"}
+        want = _step(_layer(context, backend="all_to_all", **plain, **keys_of_all), context.ep_rank)
         return _step(
             _layer(context, **({"backend": "nvlink", "max_tokens_per_rank": 16} | keys)), context.ep_rank
         ), want

@@ -116,11 +116,11 @@ def half_a_send(how: int, phase: str) -> tuple[str, float, list[bool], str]:
     dispatcher = make_dispatcher(settings, num_experts=8, top_k=3, context=context)
     send_rows, outputs = ep_model.Trip.send_rows, []
 
-    def one_chunk(trip: Any, rows_of: Any, counts: list[int]) -> None:
+    def one_chunk(trip: Any, rows_of: Any, counts: list[int], *, epoch: Tensor) -> None:
         if context.ep_rank == VICTIM and trip.words["phase"] == ("dispatch", "combine").index(phase):
-            send_rows(trip, rows_of, [min(count, trip.words["chunk_rows"]) for count in counts])
+            send_rows(trip, rows_of, [min(count, trip.words["chunk_rows"]) for count in counts], epoch=epoch)
             os.kill(os.getpid(), how)
-        send_rows(trip, rows_of, counts)
+        send_rows(trip, rows_of, counts, epoch=epoch)
 
     def noted(op: Any) -> Any:
         def call(*args: Any, **options: Any) -> Any:

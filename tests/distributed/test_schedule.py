@@ -27,7 +27,7 @@ from tests.distributed.cases import (
 )
 from tests.distributed.ranks import ThreadRanks
 
-BACKENDS = ("all_to_all", "all_gather", "replicated", "nvlink")
+BACKENDS = ("all_to_all", "all_gather", "replicated", "nvlink", "nvlink:dense")
 
 
 class Share:

@@ -37,15 +37,15 @@ def _context(deadline_s: float) -> ParallelContext:
     return ParallelContext(group, ep_rank=rank, ep_size=RANKS, device=f"cuda:{rank}", store=store, owned=(group,))
 
 
-def on_four(name: str) -> Any:
+def on_four(name: str, push: str) -> Any:
     """A case of the two-GPU tests on this rank's GPU."""
     context = _context(20.0)
     device = f"cuda:{context.ep_rank}"
     try:
         if name in ("bits", "large"):
-            return two.bits_case(context, device, large=name == "large")
+            return two.bits_case(context, device, push, large=name == "large")
         return {"graph": two.graph_case, "overflow": two.overflow_case, "handles": two.handles_case}[name](
-            context, device
+            context, device, push
         )
     finally:
         context.close()
@@ -74,9 +74,10 @@ def pool() -> Iterator[Pool]:
     pool.close()
 
 
+@two.both_pushes
 @pytest.mark.parametrize("name", ["bits", "large", "graph", "handles", "overflow"])
-def test_four_gpus(pool: Pool, name: str) -> None:
-    for answer in pool.run(on_four, name, timeout_s=80.0):
+def test_four_gpus(pool: Pool, name: str, push: str) -> None:
+    for answer in pool.run(on_four, name, push, timeout_s=80.0):
         if name == "overflow":
             assert "raise dispatch.static_factor" in answer
         else:

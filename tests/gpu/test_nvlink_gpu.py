@@ -29,6 +29,7 @@ from tests.gpu.nccl_pair import DEADLINE_S, EXIT_CODE, run_pair
 from tests.gpu.virtual_ranks import run_on_gpu
 
 pytestmark = pytest.mark.gpu
+both_pushes = pytest.mark.parametrize("push", ["slots", "dense"])
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 
 
@@ -64,13 +65,14 @@ def threads() -> Iterator[ThreadRanks]:
     ranks.close()
 
 
+@both_pushes
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("rows", ["expert_major", "compact"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_bits_on_virtual_ranks(threads: ThreadRanks, size: int, rows: str, dtype: torch.dtype) -> None:
+def test_bits_on_virtual_ranks(threads: ThreadRanks, size: int, rows: str, dtype: torch.dtype, push: str) -> None:
     wire = "fp32" if dtype != torch.float32 else "input"
     case = _on(make_case(size, T=150, D=1032 if size == 2 else 16, E=24, K=4, dtype=dtype), "cuda")
-    config = _config(rows=rows, combine_format=wire)
+    config = _config(rows=rows, combine_format=wire, push=push)
     got = play(threads, case, config, size)
     want = play(threads, case, DispatchConfig(combine_format=wire), 1)
     # the tree of 3 ranks is another one; compact rows have one gradient a token and rank, in their dtype
@@ -79,29 +81,35 @@ def test_bits_on_virtual_ranks(threads: ThreadRanks, size: int, rows: str, dtype
         assert torch.equal(a, b) if exact else torch.allclose(a.float(), b.float(), atol=1e-2, rtol=1e-2), name
 
 
+@both_pushes
 @pytest.mark.parametrize("size", [2, 4])
-def test_fp8_on_virtual_ranks(threads: ThreadRanks, size: int) -> None:
+def test_fp8_on_virtual_ranks(threads: ThreadRanks, size: int, push: str) -> None:
     """Encoded and decoded in the kernels: the bits of the Python format at one rank, infinities and NaN included."""
     case = _on(make_case(size, T=64, D=640, E=16, K=4, dtype=torch.bfloat16), "cuda")
     case.x_TD[3, 5], case.x_TD[4, 7], case.x_TD[5] = torch.inf, torch.nan, 0.0
     keys = {"dispatch_format": "fp8_1x128", "combine_format": "fp32"}
-    got, want = (play(threads, case, c, n) for c, n in ((_config(**keys), size), (DispatchConfig(**keys), 1)))
+    got, want = (
+        play(threads, case, c, n) for c, n in ((_config(push=push, **keys), size), (DispatchConfig(**keys), 1))
+    )
     for name, a, b in zip(("y", "dx", "dw"), got, want, strict=True):
         assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) and torch.equal(a.isnan(), b.isnan()), name
 
 
-def test_slots_are_reused(threads: ThreadRanks) -> None:
+@both_pushes
+def test_slots_are_reused(threads: ThreadRanks, push: str) -> None:
     """Other sizes trip after trip through the same windows, zero tokens included."""
     for seed, T in enumerate((40, 0, 7, 150, 1, 64)):
         case = _on(make_case(seed, T=T, D=16, E=8, K=3, absent=0.3), "cuda")
-        got, want = play(threads, case, _config(), 2), play(threads, case, DispatchConfig(), 1)
+        got, want = play(threads, case, _config(push=push), 2), play(threads, case, DispatchConfig(), 1)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), T
 
 
+@both_pushes
 @pytest.mark.parametrize("alignment", [8, 128])
-def test_pads_are_zero(threads: ThreadRanks, alignment: int) -> None:
+def test_pads_are_zero(threads: ThreadRanks, alignment: int, push: str) -> None:
     case = _on(make_case(1, T=30, D=16, E=8, K=3), "cuda")
-    got, want = play(threads, case, _config(alignment=alignment), 2), play(threads, case, DispatchConfig(), 1)
+    config = _config(alignment=alignment, push=push)
+    got, want = play(threads, case, config, 2), play(threads, case, DispatchConfig(), 1)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -182,8 +190,9 @@ def _experts(received: Received, scale_E: Tensor) -> Tensor:
     return (torch.tanh(rows * scale_E[expert_N, None]) * received.act_probs_N[:, None]).to(rows.dtype)
 
 
-def graph_case(context: ParallelContext, device: str) -> str:
-    """Capture forward and backward once, replay with other routings; compare with eager dropless calls."""
+def graph_case(context: ParallelContext, device: str, push: str) -> str:
+    """Capture forward and backward once, replay with other routings; compare with eager dropless calls. What begins
+    before the routing (dense push) does."""
     E, K, T, D = 8, 3, 48, 64
     scale_E = torch.linspace(0.5, 2.0, E, device=device)
     static = {"x": torch.zeros(T, D, device=device), "w": torch.zeros(T, K, device=device)}
@@ -195,14 +204,16 @@ def graph_case(context: ParallelContext, device: str) -> str:
 
         def run() -> tuple[Tensor, ...]:
             x, w = (static[n].detach().requires_grad_() for n in ("x", "w"))
-            received = dispatcher.dispatch(x, Routing(ids_TK=ids, weights_TK=w, counts_E=ids))
+            begun = dispatcher.dispatch_begin(x)
+            assert (begun is not None) == (config.push == "dense")
+            received = dispatcher.dispatch(x, Routing(ids_TK=ids, weights_TK=w, counts_E=ids), begun=begun)
             y = dispatcher.combine(_experts(received, scale_E), received)
             return (y, *torch.autograd.grad(y, (x, w), dy))
 
         return run
 
-    fixed = step(_config(capacity="static", static_factor=2.0, max_tokens_per_rank=T))
-    live = step(_config(max_tokens_per_rank=T))
+    fixed = step(_config(capacity="static", static_factor=2.0, max_tokens_per_rank=T, push=push))
+    live = step(_config(max_tokens_per_rank=T, push="slots"))
 
     def fill(seed: int) -> None:
         case = make_case(seed * 8 + context.ep_rank, T=T, D=D, E=E, K=K)
@@ -229,9 +240,9 @@ def graph_case(context: ParallelContext, device: str) -> str:
     return "10 routings"
 
 
-def overflow_case(context: ParallelContext, device: str) -> str:
+def overflow_case(context: ParallelContext, device: str, push: str) -> str:
     case = _on(make_case(3, T=24, D=16, E=8, K=3, absent=0.0), device)
-    config = _config(capacity="static", static_factor=0.3, max_tokens_per_rank=24)
+    config = _config(capacity="static", static_factor=0.3, max_tokens_per_rank=24, push=push)
     dispatcher = make_dispatcher(config, num_experts=8, top_k=3, context=context)
     received = dispatcher.dispatch(case.x_TD, Routing.from_ids(case.ids_TK, case.w_TK, num_experts=8))
     torch.cuda.synchronize()
@@ -254,33 +265,33 @@ def _context(deadline_s: float) -> ParallelContext:
     return ParallelContext(group, ep_rank=rank, ep_size=2, device=f"cuda:{rank}", store=store, owned=(group,))
 
 
-def on_two(name: str) -> Any:
+def on_two(name: str, push: str) -> Any:
     """One of the cases below, on this rank's GPU."""
     context = _context(20.0)
     device = f"cuda:{context.ep_rank}"
     try:
         if name == "graph":
-            return graph_case(context, device)
+            return graph_case(context, device, push)
         if name == "overflow":
-            return overflow_case(context, device)
+            return overflow_case(context, device, push)
         if name == "handles":
-            return handles_case(context, device)
-        return bits_case(context, device, large=name == "large")
+            return handles_case(context, device, push)
+        return bits_case(context, device, push, large=name == "large")
     finally:
         context.close()
 
 
-def bits_case(context: ParallelContext, device: str, *, large: bool) -> list[str]:
+def bits_case(context: ParallelContext, device: str, push: str, *, large: bool) -> list[str]:
     done = []
     for dtype in (torch.float32, torch.bfloat16):
         for apply_probs in ("activation", "combine", "source"):
             for rows in ("expert_major", "compact"):
                 if large and apply_probs != "activation":
                     continue
-                T, D = (6000, 512) if large else (52, 16)
+                T, D = (6000, 2048) if large else (52, 16)  # large: a dense push is cut into pieces
                 case = _on(make_case(3, T=T, D=D, E=16, K=4, dtype=dtype), device)
                 keys = {"apply_probs": apply_probs, "rows": rows}
-                nvlink = _config(**keys, max_tokens_per_rank=T // 2, deadline_s=10.0)
+                nvlink = _config(**keys, max_tokens_per_rank=T // 2, deadline_s=10.0, push=push)
                 for _turn in range(3):
                     got = run_case(case, nvlink, context)
                     want = run_case(case, DispatchConfig(backend="all_to_all", **keys), context)
@@ -289,11 +300,11 @@ def bits_case(context: ParallelContext, device: str, *, large: bool) -> list[str
     return done
 
 
-def handles_case(context: ParallelContext, device: str) -> str:
+def handles_case(context: ParallelContext, device: str, push: str) -> str:
     """Two micro-batches in flight, received in the other order; their backwards in both orders."""
     E, K, D = 8, 3, 64
     scale_E = torch.linspace(0.5, 2.0, E, device=device)
-    dispatcher = make_dispatcher(_config(deadline_s=10.0), num_experts=E, top_k=K, context=context)
+    dispatcher = make_dispatcher(_config(deadline_s=10.0, push=push), num_experts=E, top_k=K, context=context)
     for order in ((0, 1), (1, 0)):
         xs, ys = [], []
         cases = [_on(make_case(9 + i + 2 * context.ep_rank, T=40, D=D, E=E, K=K), device) for i in range(2)]
@@ -317,10 +328,10 @@ def handles_case(context: ParallelContext, device: str) -> str:
     return "two orders"
 
 
-def absent_rank() -> tuple[str, float] | None:
+def absent_rank(push: str) -> tuple[str, float] | None:
     context = _context(2.0)
     case = _on(make_case(2, T=8, D=16, E=8, K=2), f"cuda:{context.ep_rank}")
-    config = _config(deadline_s=2.0)
+    config = _config(deadline_s=2.0, push=push)
     run_case(case, config, context)
     if context.ep_rank == 1:
         time.sleep(5)
@@ -352,9 +363,10 @@ def pool() -> Iterator[Pool]:
 
 @needs_two
 @pytest.mark.dist
+@both_pushes
 @pytest.mark.parametrize("name", ["bits", "large", "graph", "handles", "overflow"])
-def test_two_gpus(pool: Pool, name: str) -> None:
-    for answer in pool.run(on_two, name, timeout_s=80.0):
+def test_two_gpus(pool: Pool, name: str, push: str) -> None:
+    for answer in pool.run(on_two, name, push, timeout_s=80.0):
         if name == "overflow":
             assert "raise dispatch.static_factor" in answer
         else:
@@ -363,8 +375,9 @@ def test_two_gpus(pool: Pool, name: str) -> None:
 
 @needs_two
 @pytest.mark.dist
-def test_absent_rank_on_two_gpus(pool: Pool) -> None:
-    found = pool.run(absent_rank, timeout_s=60.0)[0]
+@both_pushes
+def test_absent_rank_on_two_gpus(pool: Pool, push: str) -> None:
+    found = pool.run(absent_rank, push, timeout_s=60.0)[0]
     assert found is not None
     text, seconds = found
     assert "rank 1 reached epoch" in text and seconds < 4.5, found

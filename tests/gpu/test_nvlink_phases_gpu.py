@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from moe_layer.config.model import DispatchConfig
-from moe_layer.errors import CapacityError
+from moe_layer.errors import CapacityError, DispatchTimeout
+from moe_layer.ops import ep
 from moe_layer.ops.kernels import require_kernels
 from moe_layer.types import Routing
 from tests.distributed.cases import Case, Result, assert_same_bits, config_for, joined, make_case, run_case
@@ -44,7 +45,9 @@ def _play(case: Case, config: DispatchConfig, ranks: int, turns: int = 1) -> Res
 
 
 @pytest.mark.parametrize("rows", ["expert_major", "compact"])
-@pytest.mark.parametrize("keys", [{}, {"apply_probs": "combine"}, {"capacity": "static", "static_factor": 3.0}])
+@pytest.mark.parametrize(
+    "keys", [{}, {"push": "dense"}, {"apply_probs": "combine"}, {"capacity": "static", "static_factor": 3.0}]
+)
 def test_small(rows: str, keys: dict[str, Any]) -> None:
     """Two ranks, forward and backward twice through the same slots."""
     case = _on(make_case(2, T=13, D=16, E=8, K=3), "cuda")
@@ -53,8 +56,8 @@ def test_small(rows: str, keys: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["one slot", "every expert", "nothing", "no token", "the same expert twice"])
-@pytest.mark.parametrize("rows", ["expert_major", "compact"])
-def test_small_shapes_of_the_routing(name: str, rows: str) -> None:
+@pytest.mark.parametrize(("rows", "push"), [("expert_major", "slots"), ("compact", "slots"), ("expert_major", "dense")])
+def test_small_shapes_of_the_routing(name: str, rows: str, push: str) -> None:
     """K = 1, one expert a rank, K = E, only absent slots, T = 0, an expert twice; four ranks."""
     cases = {
         "one slot": make_case(1, T=19, D=8, E=4, K=1),
@@ -67,7 +70,7 @@ def test_small_shapes_of_the_routing(name: str, rows: str) -> None:
     if name == "the same expert twice":
         case = dataclasses.replace(case, ids_TK=case.ids_TK[:, [0, 1, 0, 0]].contiguous())
     case = _on(case, "cuda")
-    assert_same_bits(_play(case, config_for("nvlink", rows=rows), 4), _cpu(run_case(case, DispatchConfig())))
+    assert_same_bits(_play(case, config_for("nvlink", rows=rows, push=push), 4), _cpu(run_case(case, DispatchConfig())))
 
 
 @pytest.mark.parametrize(("rows", "alignment"), [("expert_major", 8), ("compact", 1)])
@@ -85,8 +88,9 @@ def test_deterministic_algorithms(monkeypatch: pytest.MonkeyPatch, rows: str, al
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("push", ["slots", "dense"])
 @pytest.mark.parametrize(("rows", "alignment"), [("expert_major", 1), ("expert_major", 8), ("compact", 1)])
-def test_small_overflow_stays_inside_and_is_found(rows: str, alignment: int) -> None:
+def test_small_overflow_stays_inside_and_is_found(rows: str, alignment: int, push: str) -> None:
     """Without a look at the host: offsets end with the rows, outputs are NaN, `check()` raises, again and again.
 
     Rank 0, whose own rows fit, learns it at once and not by its deadline.
@@ -100,6 +104,7 @@ def test_small_overflow_stays_inside_and_is_found(rows: str, alignment: int) -> 
         max_tokens_per_rank=32,
         rows=rows,
         alignment=alignment,
+        push=push,
         deadline_s=60.0,
     )
     phases = PhaseRanks(config, case, 2, device="cuda")
@@ -116,6 +121,22 @@ def test_small_overflow_stays_inside_and_is_found(rows: str, alignment: int) -> 
     for _ in range(2):
         with pytest.raises((CapacityError, RuntimeError), match=r"overflowed|unusable since"):
             phases.dispatchers[1].check()
+
+
+def test_small_rows_that_may_be_overwritten_are_not_trusted() -> None:
+    """Rank 1 fails and goes on with copies that cannot be held back: rank 0 finds that out after it has read."""
+    case = _on(make_case(1, T=12, D=8, E=8, K=2, absent=0.0), "cuda")
+    phases = PhaseRanks(config_for("nvlink", push="dense"), case, 2, device="cuda")
+    shares = [slice(0, 6), slice(6, 12)]
+    routings = [Routing.from_ids(case.ids_TK[s], case.w_TK[s], num_experts=8) for s in shares]
+    first, second = phases.dispatchers
+    handle = first.dispatch_send(case.x_TD[shares[0]], routings[0])
+    _ = second.dispatch_send(case.x_TD[shares[1]], routings[1])
+    phases.windows[1].state[0] = ep.TIMEOUT
+    _ = second.dispatch_begin(case.x_TD[shares[1]])
+    assert first.dispatch_recv(*handle).rows.isnan().all()
+    with pytest.raises(DispatchTimeout, match=r"rank 1 went on after an error .* phase dispatch"):
+        first.check()
 
 
 def test_send_returns_before_its_rows_have_moved() -> None:

@@ -51,7 +51,7 @@ def test_opcheck(window: Window, one: Link) -> None:
     w = (window.peers, window.state)
     check(
         torch.ops.moe_layer.ep_push.default,
-        (*w, x, tokens, counts, ids, places, weights, counts_E, trip.words, 1, False),
+        (*w, x, tokens, counts, ids, places, weights, counts_E, trip.words, 1, False, False),
     )
     check(torch.ops.moe_layer.ep_await.default, (*w, trip.words))
     check(torch.ops.moe_layer.ep_arrange.default, (*w, trip.words, T, T * K, K, 0, E, 1, True))
@@ -60,7 +60,7 @@ def test_opcheck(window: Window, one: Link) -> None:
     ids_CK = ids[[0, 1, 2, 4]]
     check(
         torch.ops.moe_layer.ep_take.default,
-        (*w, x, tokens, base, counts, row_CK, None, None, trip.words, torch.zeros(7, D), False),
+        (*w, x, tokens, base, counts, row_CK, None, None, trip.words, torch.zeros(7, D), False, None),
     )
     back = window.begin(one.at("combine"), width=4 * D, link=one, home=True)
     rows, probs = torch.randn(7, D), torch.rand(7)
@@ -73,6 +73,9 @@ def test_opcheck(window: Window, one: Link) -> None:
         (*w, rows, row_CK, ids_CK, base, position, ids, probs, x, back.words, 0, 0, E, 4, False),
     )
     check(torch.ops.moe_layer.ep_skip.default, (*w, trip.words))
+    dense = window.begin(one.at("dispatch"), width=4 * D, link=one, home=False, dense=True)
+    check(torch.ops.moe_layer.ep_open.default, (*w, dense.words))
+    check(torch.ops.moe_layer.ep_push_rows.default, (*w, x, None, dense.words, window.addresses, 0))
 
 
 def push(window: Window, link: Link, x: Tensor, ids: Tensor, weights: Tensor):  # type: ignore[no-untyped-def]

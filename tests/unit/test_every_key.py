@@ -34,6 +34,7 @@ ELSEWHERE = {
     "moe.experts.fp8_recipe": "tests/unit/test_experts_te.py::test_fp8_pads_groups_and_changes_the_numbers",
     "moe.shared_expert.mode": "tests/unit/test_packed.py::test_one_grouped_call",
     "moe.dispatch.backend": "tests/distributed/test_keys.py::test_backend",
+    "moe.dispatch.push": "tests/distributed/test_nvlink_dense.py::test_the_key",
     "moe.dispatch.ring_depth": "tests/distributed/test_nvlink.py::test_ring_depth",
     "moe.dispatch.sm_budget": "tests/distributed/test_nvlink.py::test_sm_budget",
     "moe.dispatch.p2p_world_size": "tests/distributed/test_hierarchical.py::test_a_token_crosses_once",
