@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 import dispatch_layer  # noqa: E402
+import dispatch_routed  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
@@ -70,6 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="NCCL, or gloo on this machine")
     parser.add_argument("--tiny", action="store_true", help="one tiny shape each")
     parser.add_argument("--graph", action="store_true", help="capture the layer steps of `:static` backends as well")
+    parser.add_argument("--routed", action="store_true", help="also the router and each dispatch behind it (not NCCL)")
     parser.add_argument("--runs", type=int, default=25, help="samples of each case")
     parser.add_argument("--limit", type=float, default=150.0, help="seconds after which every rank is ended")
     parser.add_argument("--out", type=Path, default=None, help="append JSON lines here")
@@ -220,6 +222,9 @@ def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
     for name in arguments.shapes:
         say(f"{name} ({time.monotonic() - began:.0f} s)")
         write(measure_dispatch(name, context, meter, backends=backends, runs=arguments.runs, say=say))
+        if arguments.routed:
+            options = {"backends": backends, "cases": CASES, "runs": arguments.runs}
+            write(dispatch_routed.measure(name, SHAPES[name], context, meter, **options))  # type: ignore[arg-type]
     for name in arguments.layer_shapes:
         say(f"layer {name} ({time.monotonic() - began:.0f} s)")
         options = {"backends": backends, "runs": arguments.runs, "graph": arguments.graph}
@@ -234,6 +239,8 @@ def show(row: dict[str, Any]) -> str:
             f"{row['case']:28s} {row['ms']:9.3f} ms  host {row['host_ms']:8.3f}  NCCL path {row['peer_ms']:9.3f} "
             f"({row['ratio']:.2f}x)  copies {row['copies_ms']:9.3f}  exposed {row['exposed'] * 100:.1f}%"
         )
+    if row["kind"] == "routed":
+        return f"behind the router: {row['case']:40s} {row['us']:9.1f} us  visible {row['visible_us']:8.1f}"
     tail = f"  {row['ratio']:.2f}x  {row['GBps']:6.1f} GB/s" if "ratio" in row else ""
     return f"{row['case']:40s} {row['us']:9.1f} us  host {row['host_us']:8.1f}{tail}"
 
