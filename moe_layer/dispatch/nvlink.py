@@ -8,7 +8,7 @@
 The backward of each is another's forward: dispatch_recv's is combine_send, dispatch_send's is combine_recv, and so on.
 Rows, order and bits are those of `all_to_all`. Options that these ops do not serve (foreign token formats, dropping,
 fp64, rows that are not whole 16-byte units) run through `NvlinkRoute` over the same windows; `apply_probs: source` does
-so on the way out, and its rows return over the process group.
+so both ways, with a row a slot on the way home.
 
 Dropless, dispatch_recv reads the row counts on the host once, while the rows are still flying. With `capacity: static`
 nothing is read on the host and the four calls can be captured in a CUDA graph; an overflow is kept on the device, fills
@@ -44,7 +44,7 @@ from moe_layer.dispatch.nvlink_call import (
 from moe_layer.dispatch.nvlink_route import NvlinkRoute
 from moe_layer.dispatch.options import deliver, into, limit_tokens
 from moe_layer.dispatch.route import Route
-from moe_layer.dispatch.window import WindowSize, window_for
+from moe_layer.dispatch.window import WindowSize, padded_width, window_for
 from moe_layer.dispatch.wire import Link
 from moe_layer.errors import ConfigError, RoutingError
 from moe_layer.ops import ep
@@ -83,11 +83,20 @@ class NvlinkDispatcher(ExchangeDispatcher):
 
     def _open_route(self, link: Link, plan: DispatchPlan) -> Route:
         c = self.config
-        return NvlinkRoute(link, plan, max_tokens=self.max_tokens, depth=c.ring_depth, blocks=c.sm_budget or 0)
+        return NvlinkRoute(link, plan, max_rows=self._max_rows, depth=c.ring_depth, blocks=c.sm_budget or 0)
+
+    @property
+    def _max_rows(self) -> int:
+        """Of a trip, from one rank: with the weights at home each of a token's slots has a row."""
+        return self.max_tokens * (self.top_k if self.probs_at_home else 1)
 
     def window_size(self, hidden: int, dtype: torch.dtype) -> WindowSize:
-        """What the fused calls need for rows of `hidden` columns."""
+        """What calls with rows of `hidden` columns need: the fused ones, or those of `apply_probs: source`."""
         itemsize = max(dtype.itemsize, wire_dtype(self.config, dtype).itemsize)
+        if self.probs_at_home:
+            form = format_for(self.config, self.token_format, hidden=hidden, dtype=dtype)
+            width = padded_width(max(form.msg_bytes + 4 * (self.top_k + 1), hidden * itemsize))
+            return WindowSize(self.link.size, self._max_rows, width, 1, self.config.ring_depth)
         return WindowSize(
             self.link.size,
             self.max_tokens,
@@ -98,7 +107,10 @@ class NvlinkDispatcher(ExchangeDispatcher):
         )
 
     def buffer_bytes(self, hidden: int, dtype: torch.dtype) -> int:
-        """Bytes of device memory that the window takes on each rank, before it is made."""
+        """Bytes of device memory that the window takes on each rank, before it is made.
+
+        With `apply_probs: source` about K times as many as otherwise: each of a token's slots has a row.
+        """
         return self.window_size(hidden, dtype).num_bytes
 
     def _fused(self, x_TD: Tensor) -> bool:
@@ -140,6 +152,8 @@ class NvlinkDispatcher(ExchangeDispatcher):
         if begun is not None and begun.of is not x_TD:
             raise RoutingError("x is not the tensor that dispatch_begin was called with; pass the same one to both")
         if x_scale is not None or not self._fused(x_TD):
+            if self.probs_at_home and x_scale is None:
+                window_for(self.link, self.window_size(x_TD.shape[1], x_TD.dtype))  # once, for all of its trips
             return super().dispatch_send(x_TD, routing, plan, num_tokens=num_tokens, x_scale=x_scale)
         routing = limit_tokens(routing, num_tokens, planned=plan is not None)
         plan = self.prepare(routing.ids_TK) if plan is None else plan

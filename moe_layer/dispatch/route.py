@@ -8,7 +8,7 @@ Shape letters: T tokens, C compact rows received, S rows sent, R ranks, X any ro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -52,6 +52,17 @@ class Route(Protocol):
 
     def back(self, at: Position, tensors: list[Tensor]) -> Pending:
         """`[C, X]` tensors -> home rows, indexed by `position_TR`."""
+        ...
+
+
+@runtime_checkable
+class SlotRoute(Protocol):
+    """A route with its own way for one row a slot (`apply_probs: source`); others use the link's process group."""
+
+    def slots(
+        self, at: Position, tensors: list[Tensor], *, send_R: list[int], recv_R: list[int], home: bool
+    ) -> Pending:
+        """Rows grouped by destination rank -> rows grouped by source rank; `home`: from experts, else to them."""
         ...
 
 

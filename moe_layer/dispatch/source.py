@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_layer.dispatch.formats import TokenFormat, encode_rows
-from moe_layer.dispatch.route import Pending, row_bytes
+from moe_layer.dispatch.route import Pending, SlotRoute, row_bytes
 from moe_layer.dispatch.wire import Phase
 from moe_layer.ops.gather_rows import gather_rows
 from moe_layer.ops.sort_slots import sort_slots
@@ -79,8 +79,10 @@ class SlotTrip:
         return gather_rows(d_rows_PD, index_N).to(dtype)
 
     def _exchange(self, phase: Phase, tensors: list[Tensor], *, send_R: list[int], recv_R: list[int]) -> Pending:
-        link = self.call.link
+        link, route = self.call.link, self.call.route
         at = link.at(phase)
+        if isinstance(route, SlotRoute):
+            return route.slots(at, tensors, send_R=send_R, recv_R=recv_R, home=phase == "combine")
         tokens = self.call.plan.ids_TK.shape[0]
         link.exchange_headers(at, tokens=tokens, rows_R=send_R, row_bytes=row_bytes(tensors))
         started = [link.exchange_rows(at, tensor, send_R=send_R, recv_R=recv_R) for tensor in tensors]

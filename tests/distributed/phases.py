@@ -58,7 +58,7 @@ class PhaseRanks:
         words = 1 + 3 * case.top_k
         size = WindowSize(
             ranks,
-            config.max_tokens_per_rank,
+            config.max_tokens_per_rank * (case.top_k if config.apply_probs == "source" else 1),
             width // 16 * 16 + 16,
             words,
             config.ring_depth,

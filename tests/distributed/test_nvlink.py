@@ -42,9 +42,10 @@ def _dispatch(case: Case, config: DispatchConfig, context: ParallelContext, **op
 @both_pushes
 @pytest.mark.parametrize("size", [3, 6, 16])
 @pytest.mark.parametrize("rows", ["expert_major", "compact"])
-@pytest.mark.parametrize("apply_probs", ["activation", "combine"])
+@pytest.mark.parametrize("apply_probs", ["activation", "combine", "source"])
 def test_any_number_of_ranks(ranks: ThreadRanks, size: int, rows: str, apply_probs: str, push: str) -> None:
-    """All ranks in one thread, phase by phase; the slots of the ring are used again and again."""
+    """All ranks in one thread, phase by phase; the slots of the ring are used again and again. No process group: what
+    travels goes through the windows."""
     case = make_case(size, T=26, D=16, E=48, K=4)
     keys: dict[str, Any] = {"rows": rows, "apply_probs": apply_probs}
     phases = PhaseRanks(_config(push=push, **keys), case, size)
@@ -227,7 +228,16 @@ def test_sm_budget(ranks: ThreadRanks, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == {7}
 
 
-@pytest.mark.parametrize("keys", [{}, {"ring_depth": 3, "max_tokens_per_rank": 300}, {"combine_format": "fp32"}])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"ring_depth": 3, "max_tokens_per_rank": 300},
+        {"combine_format": "fp32"},
+        {"apply_probs": "source"},
+        {"apply_probs": "source", "combine_format": "fp32", "dispatch_format": "fp8_1x128"},
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_window_bytes_are_known_before(ranks: ThreadRanks, keys: dict[str, Any], dtype: torch.dtype) -> None:
     """`buffer_bytes` is the allocation, and steps of any size leave it alone: growth would be a collective."""
