@@ -1,7 +1,7 @@
 """Inject faults into expert-parallel training over gloo and judge what the surviving ranks report.
 
     python scripts/faults.py --n 200 --deadline 2 --seed 0 [--ranks 3] [--jobs 2] [--kinds kill,stop] [--json F]
-    python scripts/faults.py --backend nvlink   # the windows of that dispatcher, in memory that the processes share
+    python scripts/faults.py --backend nvlink   # its windows, in memory that the processes share; or nvlink:dense
 
 Each injection starts a group of ranks that train two MoE layers, and breaks one of them at a random step, layer and
 place (before the dispatch, inside the experts, in backward):
@@ -118,12 +118,13 @@ def train(rank: int, ranks: int, injection: Injection, deadline_s: float, backen
     from moe_layer.parallel import parallelize, sync_gradients
 
     torch.manual_seed(0)
-    most = TOKENS if backend == "nvlink" else None
+    backend, _, push = backend.partition(":")
+    keys = {"max_tokens_per_rank": TOKENS, "push": push or "slots"} if backend == "nvlink" else {}
     config = MoEConfig(
         hidden_size=HIDDEN,
         router=RouterConfig(num_experts=EXPERTS, top_k=2),
         experts=ExpertsConfig(intermediate_size=4),
-        dispatch=DispatchConfig(backend=backend, max_tokens_per_rank=most, deadline_s=deadline_s),  # type: ignore[arg-type]
+        dispatch=DispatchConfig(backend=backend, deadline_s=deadline_s, **keys),  # type: ignore[arg-type]
     )
     model = nn.ModuleList(MoELayer(config) for _ in range(LAYERS))
     context = parallelize(model, init_device_mesh("cpu", (1, ranks), mesh_dim_names=("dp", "ep")))
@@ -276,7 +277,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="injections at a time")
     parser.add_argument("--slack", type=float, default=2.0, help="seconds more for a busy machine")
-    parser.add_argument("--backend", choices=("all_to_all", "nvlink"), default="all_to_all", help="dispatch.backend")
+    backends = ("all_to_all", "nvlink", "nvlink:dense")
+    parser.add_argument("--backend", choices=backends, default="all_to_all", help="dispatch.backend, dispatch.push")
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--json", type=Path, help="write every outcome here")
     args = parser.parse_args(arguments)

@@ -186,7 +186,8 @@ class Window:
         free.sort()
         slot = free.pop(0)
         if slot in self._abandoned:
-            if self.copies is not None:  # they may still fly, and what comes next must not be overwritten by them
+            # Its copies may still fly, and must not overwrite what comes next. (A capture begins when all is done.)
+            if self.copies is not None and not torch.cuda.is_current_stream_capturing():
                 torch.cuda.current_stream(self.device).wait_stream(self.copies.flags)
             ep.ep_skip(self.peers, self.state, self._abandoned.pop(slot))
         of_trip = (

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "n"), [("all_to_all", 16), ("nvlink", 8)])
+@pytest.mark.parametrize(("backend", "n"), [("all_to_all", 16), ("nvlink", 8), ("nvlink:dense", 8)])
 def test_every_survivor_reports(backend: str, n: int) -> None:
     command = [sys.executable, "scripts/faults.py", "--n", str(n), "--deadline", "1", "--seed", "1", "--slack", "6"]
     command += ["--backend", backend, "--jobs", "4"]
