@@ -76,9 +76,9 @@ def dispatched(config: MoEConfig) -> Any:
     layer, x = _layer(config)
     dispatch, tokens = layer.dispatcher.dispatch, []
 
-    def count(x_TD: Tensor, *arguments: Any) -> Any:
+    def count(x_TD: Tensor, *arguments: Any, **options: Any) -> Any:
         tokens.append(x_TD.shape[0])
-        return dispatch(x_TD, *arguments)
+        return dispatch(x_TD, *arguments, **options)
 
     layer.dispatcher.dispatch = count  # type: ignore[method-assign]
     layer(x)
