@@ -9,7 +9,8 @@ import torch
 
 
 def in_graph(step: Callable[[], Any]) -> Callable[[], Any]:
-    """The replay of `step`, captured after three runs on a side stream."""
+    """The replay of `step`, captured after three runs on a side stream. It keeps `step` and all that it refers to: a
+    graph reads its weights by their addresses."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -20,4 +21,8 @@ def in_graph(step: Callable[[], Any]) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog thread queries events meanwhile
         step()
-    return graph.replay
+
+    def replay(_kept: Callable[[], Any] = step) -> None:
+        graph.replay()
+
+    return replay
