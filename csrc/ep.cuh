@@ -1,11 +1,10 @@
 // Trips of rows between windows, as device functions: the twin of `_Trip` in moe_layer/ops/ep.py, which describes the
 // protocol. Unless it says otherwise a function is for whole blocks: all threads call, and all get the same answer.
 //
-// Memory order. The warps of a chunk write its rows, then count themselves in shared memory (ep_push) or meet at a barrier
-// (ep_reduce_push); the last one, or the first thread, publishes: a system fence, which is cumulative over what the count
-// or the barrier ordered before it, then a release store of the flag. One thread of the readers (a warp, a team or a
-// block) polls with acquire loads; they meet and read with plain loads or asynchronous copies. Where several blocks
-// contribute, `last_block` elects the one that saw all the others' fences.
+// Memory order. The warps of a chunk write its rows, then count themselves in shared memory; the last one publishes: a
+// system fence, which is cumulative over what the count ordered before it, then a release store of the flag. One thread
+// of the readers (a warp or a block) polls with acquire loads; they meet and read with plain loads or asynchronous
+// copies. Where several blocks contribute, `last_block` elects the one that saw all the others' fences.
 //
 // A kernel that waits must leave room for the kernels it waits for, which run on the same multiprocessors of the peers
 // and on their own stream here. Per multiprocessor, the kernels of one direction share the registers: ep_push 1/4 and
@@ -144,7 +143,7 @@ __device__ inline void write_headers(const EpTrip& trip, uint32_t epoch, int pee
   store_release_sys(trip.word(peer, trip.ready, trip.me), epoch);
 }
 
-// One thread, after a barrier of those that wrote the chunk's rows: publishes them.
+// One thread, after all that wrote the chunk's rows: publishes them.
 __device__ inline void publish(const EpTrip& trip, int peer, int64_t chunk, uint32_t epoch) {
   __threadfence_system();
   store_release_sys(trip.flag(peer, trip.me, chunk), epoch);
@@ -154,26 +153,31 @@ __device__ inline void publish(const EpTrip& trip, int peer, int64_t chunk, uint
 // the warp that came last waits for it. `counts` (kArrivals words of shared memory, zeros) serve chunks n in turn.
 constexpr int kArrivals = 8;
 
-// This warp's part of the team's n-th chunk is written. The whole warp calls it, `warps` of them a team; the last one
-// publishes the chunk.
-__device__ inline void finish_chunk(
-    const EpTrip& trip, int32_t* counts, int n, int warps, int peer, int64_t chunk, uint32_t epoch) {
+// One of the `parts` parts of the block's n-th chunk is written. The whole warp calls it; who comes last publishes.
+__device__ inline void finish_part(
+    const EpTrip& trip, int32_t* counts, int n, int parts, int peer, int64_t chunk, uint32_t epoch) {
   __syncwarp();
   if (threadIdx.x % kWarp == 0) {
     __threadfence_block();
-    const int before = n / kArrivals * warps;
+    const int before = n / kArrivals * parts;
     int32_t* count = counts + n % kArrivals;
     while (*static_cast<volatile int32_t*>(count) < before) __nanosleep(32);  // a warp is kArrivals chunks behind
-    if (atomicAdd(count, 1) == before + warps - 1) {
-      publish(trip, peer, chunk, epoch);
-    }
+    if (atomicAdd(count, 1) == before + parts - 1) publish(trip, peer, chunk, epoch);
   }
   __syncwarp();
 }
 
-// True in the last of the `blocks` blocks that call it; what the others wrote before is then visible to its threads.
+// The next number from a counter in shared memory, for the whole warp.
+__device__ __forceinline__ int claim(int32_t* next) {
+  int item = 0;
+  if (threadIdx.x % kWarp == 0) item = atomicAdd(next, 1);
+  return __shfl_sync(0xffffffffu, item, 0);
+}
+
+// True in the last of the `blocks` blocks that call it; what the others wrote before is then visible to its threads. The
+// answer travels in the barrier: in a shared word racecheck saw the read before the write, with a barrier between them.
 __device__ inline bool last_block(const EpTrip& trip, EpCounter ticket, int blocks) {
-  __shared__ bool last;
+  bool last = false;
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence_system();
@@ -182,8 +186,7 @@ __device__ inline bool last_block(const EpTrip& trip, EpCounter ticket, int bloc
     if (last) *at = 0;
     __threadfence_system();
   }
-  __syncthreads();
-  return last;
+  return __syncthreads_or(last) != 0;
 }
 
 // The end of a receiving kernel: the slot may be overwritten.

@@ -63,6 +63,7 @@ struct PartialArgs {
   const float* probs_N;
   int64_t num_rows;
   int32_t num_compact, slots, hidden, num_experts, tree_blocks, wire;
+  int32_t parts;                    // of a row: what a warp takes at a time
   int32_t first_block, own_blocks;  // of the tree: this rank's subtree, or the whole tree where ranks do not divide it
   bool compact;
 };
@@ -96,26 +97,8 @@ __device__ __forceinline__ SlotList list_slots(const PartialArgs& args, int64_t 
   return {__shfl_sync(kAll, row, from), __shfl_sync(kAll, order.block, from) - args.first_block, order.count};
 }
 
-// Threads of these kernels: up to two teams a block, which take work and meet apart, so that one loads while the other
-// publishes or waits. 64 registers a thread, so that a block of each half of the way home fits on a multiprocessor.
-constexpr int kTeam = 256, kMostTeams = 2, kTeamWarps = kTeam / kWarp;
-
-__device__ __forceinline__ int team_index() { return threadIdx.x / kTeam; }
-__device__ __forceinline__ int team_count() { return blockDim.x / kTeam; }
-
-__device__ __forceinline__ void team_sync() {
-  asm volatile("bar.sync %0, %1;" ::"r"(1 + team_index()), "n"(kTeam) : "memory");
-}
-
-// A barrier of the team: whether all its threads say so.
-__device__ __forceinline__ bool team_and(bool ok) {
-  int all;
-  asm volatile("{\n.reg .pred p, q;\nsetp.ne.s32 p, %1, 0;\nbar.red.and.pred q, %2, %3, p;\nselp.s32 %0, 1, 0, q;\n}"
-               : "=r"(all)
-               : "r"(static_cast<int>(ok)), "r"(1 + team_index()), "n"(kTeam)
-               : "memory");
-  return all != 0;
-}
+// Threads of these kernels. 64 registers a thread, so that a block of each half of the way home fits on a multiprocessor.
+constexpr int kMostWarps = 16, kMostParts = 8;
 
 // What a warp reads of several rows, in flight through shared memory. A *unit* is 32 x 16 bytes of a row; units come
 // piece after piece, the rows of a piece in the order of the lanes that hold their addresses. A warp has a ring of kRing
@@ -123,7 +106,7 @@ __device__ __forceinline__ bool team_and(bool ok) {
 // 3 TB/s over 132 multiprocessors need 46. A lane reads only what it copied itself.
 constexpr int kRing = 11;
 constexpr int kUnit = kWarp * 16;
-constexpr int kRingBytes = kRing * kUnit, kTeamShared = kRingBytes * kTeamWarps;
+constexpr int kRingBytes = kRing * kUnit;
 
 class RowStream {
  public:
@@ -217,17 +200,17 @@ inline void dispatch_partial(ScalarType dtype, const PartialArgs& args, Body&& b
   });
 }
 
-// Teams of a block: the rings of both halves of the way home, which run side by side and wait for each other's peers,
+// Warps of a block: the rings of both halves of the way home, which run side by side and wait for each other's peers,
 // must fit on a multiprocessor (of which each block reserves 1 KiB).
-inline int choose_teams(int device) {
+inline int choose_warps(int device) {
   int bytes = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-  return bytes >= 2 * (kMostTeams * kTeamShared + 4096) ? kMostTeams : 1;
+  return bytes >= 2 * (kMostWarps * kRingBytes + 4096) ? kMostWarps : kMostWarps / 2;
 }
 
 template <typename Kernel>
-inline void allow_rings(Kernel kernel, int teams) {
-  allow_shared_memory(kernel, teams * kTeamShared);
+inline void allow_rings(Kernel kernel, int warps) {
+  allow_shared_memory(kernel, warps * kRingBytes);
   prefer_shared_memory(kernel);
 }
 

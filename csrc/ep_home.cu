@@ -13,21 +13,21 @@ struct HomeArgs {
   void* out_TD;
   float* d_weights_TK;
   int64_t tokens;
-  int32_t group;  // tokens that a team takes at a time
   int32_t add_dtype, out_dtype;
 };
 
-// The team waits for the chunks of the rows of tokens [first, end), a thread for one row.
-__device__ __forceinline__ bool wait_tokens(
-    const EpTrip& trip, const HomeArgs& home, int64_t first, int64_t end, uint32_t epoch, uint64_t until) {
+// The warp waits for the chunks of a token's rows, a lane for one peer's.
+__device__ __forceinline__ bool wait_token(
+    const EpTrip& trip, const HomeArgs& home, int64_t token, uint32_t epoch, uint64_t until) {
   bool ok = true;
-  const int i = threadIdx.x % kTeam, peer = i % trip.ranks;
-  const int64_t token = first + i / trip.ranks;
-  if (token < end && peer != trip.me) {
+  const int peer = threadIdx.x % kWarp;
+  if (peer < trip.ranks && peer != trip.me) {
     const int place = home.position_TR[token * trip.ranks + peer];
     if (place >= 0) ok = spin(trip, trip.flag(trip.me, peer, place / trip.chunk_rows), epoch, until, peer);
   }
-  return team_and(ok);
+  ok = __all_sync(0xffffffffu, ok);
+  __syncwarp();  // what one lane acquired, all may read
+  return ok;
 }
 
 // What one warp sums of a token. Rows come in the order own rows, peers' partial rows, what is added; those whose columns
@@ -121,45 +121,45 @@ __device__ __forceinline__ void sum_token(
   for (int i = 0; i < V; ++i) sum[i] = __fadd_rn(sum[i], extra[i]);
 }
 
-// Slot k's share of the probabilities' gradient, of the tokens [first, end).
+// Slot k's share of the probabilities' gradient of a token, in lane k.
 __device__ __forceinline__ void take_home_probs(
-    const EpTrip& trip, const PartialArgs& args, const HomeArgs& home, int64_t first, int64_t end) {
-  const int per_rank = args.num_experts / trip.ranks, own_base = args.base_R1[trip.me];
-  for (int i = threadIdx.x % kTeam; i < static_cast<int>(end - first) * args.slots; i += kTeam) {
-    const int64_t token = first + i / args.slots, k = i % args.slots;
-    const int id = home.ids_TK[token * args.slots + k];
-    const int owner = id >= 0 && id < args.num_experts ? id / per_rank : -1;
-    const int64_t place = owner >= 0 ? home.position_TR[token * trip.ranks + owner] : -1;
-    float value = 0.0f;
-    if (place >= 0 && owner == trip.me) {
-      const int row = args.row_CK[(own_base + place) * args.slots + k];
-      if (row >= 0 && row < args.num_rows) value = args.probs_N[row];
-    } else if (place >= 0) {
-      value = __int_as_float(__ldcg(trip.words(trip.me, owner) + place * args.slots + k));
-    }
-    home.d_weights_TK[token * args.slots + k] = value;
+    const EpTrip& trip, const PartialArgs& args, const HomeArgs& home, int64_t token) {
+  const int k = threadIdx.x % kWarp, per_rank = args.num_experts / trip.ranks;
+  if (k >= args.slots) return;
+  const int id = home.ids_TK[token * args.slots + k];
+  const int owner = id >= 0 && id < args.num_experts ? id / per_rank : -1;
+  const int64_t place = owner >= 0 ? home.position_TR[token * trip.ranks + owner] : -1;
+  float value = 0.0f;
+  if (place >= 0 && owner == trip.me) {
+    const int row = args.row_CK[(args.base_R1[trip.me] + place) * args.slots + k];
+    if (row >= 0 && row < args.num_rows) value = args.probs_N[row];
+  } else if (place >= 0) {
+    value = __int_as_float(__ldcg(trip.words(trip.me, owner) + place * args.slots + k));
   }
+  home.d_weights_TK[token * args.slots + k] = value;
 }
 
+// Each block takes every gridDim.x-th token, its warps parts of them as they come free.
 template <typename T, int kBlocks, int kRanks>
-__global__ void __launch_bounds__(kMostTeams* kTeam, 2) ep_home_kernel(EpTrip trip, PartialArgs args, HomeArgs home) {
+__global__ void __launch_bounds__(kMostWarps* kWarp, 2) ep_home_kernel(EpTrip trip, PartialArgs args, HomeArgs home) {
   extern __shared__ __align__(16) unsigned char rings[];
   constexpr int V = 16 / sizeof(T);
-  __shared__ int32_t counts[kMostRanks];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x % kTeam / kWarp;
+  __shared__ int32_t counts[kMostRanks], next;
+  const int lane = threadIdx.x % kWarp;
   unsigned char* ring = rings + threadIdx.x / kWarp * kRingBytes;
   const uint64_t until = now_ns() + trip.deadline_ns;
+  if (threadIdx.x == 0) next = 0;
   bool ok = wait_headers(trip, until, counts);
   const uint32_t epoch = trip.epoch(kReceived) + 1;
-  const int pieces = ceil_div(args.hidden, V * kWarp), parts = kTeamWarps / home.group;
-  const int begin = pieces * (warp % parts) / parts, stop = pieces * (warp % parts + 1) / parts;
-  const int64_t each = static_cast<int64_t>(gridDim.x) * home.group;
-  for (int64_t first = team_index() * each + static_cast<int64_t>(blockIdx.x) * home.group; ok && first < home.tokens;
-       first += team_count() * each) {
-    const int64_t end = min(first + home.group, home.tokens), t = first + warp / parts;
-    ok = wait_tokens(trip, home, first, end, epoch, until);
+  const int pieces = ceil_div(args.hidden, V * kWarp);
+  while (ok) {
+    const int item = claim(&next), part = item % args.parts;
+    const int64_t t = blockIdx.x + static_cast<int64_t>(item / args.parts) * gridDim.x;
+    if (t >= home.tokens) break;
+    const int begin = pieces * part / args.parts, stop = pieces * (part + 1) / args.parts;
+    ok = wait_token(trip, home, t, epoch, until);
     if (!ok) break;
-    if (t < end && begin < stop) {
+    if (begin < stop) {
       const HomeRow row(trip, args, home, t, sizeof(T));
       const BlockEnds<kBlocks> blocks(row.own);
       RowStream stream(ring, row.row, row.count, args.hidden * static_cast<int>(sizeof(T)), begin, stop);
@@ -170,9 +170,9 @@ __global__ void __launch_bounds__(kMostTeams* kTeam, 2) ep_home_kernel(EpTrip tr
         if (d < args.hidden) store_wire<V>(home.out_TD, home.out_dtype, t * args.hidden + d, sum);
       }
     }
-    if (home.d_weights_TK != nullptr) take_home_probs(trip, args, home, first, end);
+    if (home.d_weights_TK != nullptr && part == 0) take_home_probs(trip, args, home, t);
   }
-  ok = __syncthreads_and(ok);  // the teams meet again
+  ok = __syncthreads_and(ok);
   if (!ok) {
     poison(home.out_TD, home.tokens * args.hidden * (home.out_dtype == kWireFloat ? 4 : 2));
     if (home.d_weights_TK != nullptr) poison(home.d_weights_TK, home.tokens * args.slots * 4);
@@ -198,8 +198,7 @@ std::tuple<Tensor, Tensor> ep_home(
     int64_t tree_blocks, bool compact) {
   const DeviceGuard guard(state.get_device_index());
   const EpTrip trip = read_trip(peers, state, words);
-  const PartialArgs args =
-      read_partial(trip, rows, row_index, ids, base, probs, wire, num_experts, tree_blocks, compact);
+  PartialArgs args = read_partial(trip, rows, row_index, ids, base, probs, wire, num_experts, tree_blocks, compact);
   check_tensor(position, "position", ScalarType::Int, 2);
   check_tensor(own_ids, "ids", ScalarType::Int, 2);
   check_size(position, "position", 1, trip.ranks);
@@ -229,17 +228,16 @@ std::tuple<Tensor, Tensor> ep_home(
     home.add_TD = add->const_data_ptr();
     home.add_dtype = dtype_code(*add);
   }
-  // Small groups: after the last chunk has arrived, what the teams still have in hand is what remains to be done.
+  // Small parts: after the last chunk has arrived, what the warps still have in hand is what remains to be done.
   const int64_t most = sm_count(state.get_device_index());
-  const int teams = choose_teams(state.get_device_index());
-  home.group = kTeamWarps;
-  while (home.group > 1 && ceil_div<int64_t>(T, home.group) < 4 * most * teams) home.group /= 2;
-  const int64_t groups = ceil_div<int64_t>(T, home.group);
-  const int grid = static_cast<int>(groups < 1 ? 1 : groups < most ? groups : most);
+  const int warps = choose_warps(state.get_device_index());
+  args.parts = 1;
+  while (args.parts < kMostParts && T * args.parts < 4 * most * warps) args.parts *= 2;
+  const int grid = static_cast<int>(T < 1 ? 1 : T < most ? T : most);
   const cudaStream_t stream = current_stream(state);
   const auto run = [&](auto kernel) {
-    allow_rings(kernel, teams);
-    kernel<<<grid, teams * kTeam, teams * kTeamShared, stream>>>(trip, args, home);
+    allow_rings(kernel, warps);
+    kernel<<<grid, warps * kWarp, warps * kRingBytes, stream>>>(trip, args, home);
   };
   dispatch_float(rows.scalar_type(), "rows", [&](auto zero) {
     if (trip.ranks == 2 && args.own_blocks <= 4) {

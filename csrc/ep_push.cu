@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kFp8 ? kEncodeThreads : kCopyThreads, kFp8 ? 2
         }
       }
     }
-    finish_chunk(trip, arrived, sent++, kThreads / kWarp, peer, chunk, epoch);
+    finish_part(trip, arrived, sent++, kThreads / kWarp, peer, chunk, epoch);
   }
   if (last_block(trip, kSendTicket, gridDim.x) && threadIdx.x == 0) {
     trip.state[trip.counters + kSent] = static_cast<int32_t>(epoch);

@@ -49,12 +49,17 @@ PartialArgs read_partial(
 
 namespace {
 
+// Each block takes chunks, the peers in turn, and its warps parts of rows as they come free: one that waits for a fence
+// holds nobody back.
 template <typename T, int kBlocks>
-__global__ void __launch_bounds__(kMostTeams* kTeam, 2) ep_reduce_push_kernel(EpTrip trip, PartialArgs args) {
+__global__ void __launch_bounds__(kMostWarps* kWarp, 2) ep_reduce_push_kernel(EpTrip trip, PartialArgs args) {
   extern __shared__ __align__(16) unsigned char rings[];
+  __shared__ int32_t arrived[kArrivals], next;
   constexpr int V = 16 / sizeof(T);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x % kTeam / kWarp;
+  const int lane = threadIdx.x % kWarp;
   unsigned char* ring = rings + threadIdx.x / kWarp * kRingBytes;
+  if (threadIdx.x < kArrivals) arrived[threadIdx.x] = 0;
+  if (threadIdx.x == 0) next = 0;
   if (!wait_credits(trip, now_ns() + trip.deadline_ns)) return;
   const uint32_t epoch = trip.epoch(kSent) + 1;
   if (blockIdx.x == 0 && threadIdx.x < trip.ranks) {
@@ -66,22 +71,19 @@ __global__ void __launch_bounds__(kMostTeams* kTeam, 2) ep_reduce_push_kernel(Ep
   }
   most = min(most, trip.max_rows);
   const int64_t row_bytes = args.hidden * static_cast<int64_t>(sizeof(T));
-  const int pieces = ceil_div(args.hidden, V * kWarp), parts = max(1, kTeamWarps / trip.chunk_rows);
-  const int64_t items = static_cast<int64_t>(ceil_div(most, trip.chunk_rows)) * (trip.ranks - 1);
-  for (int64_t q = team_index() * static_cast<int64_t>(gridDim.x) + blockIdx.x; q < items;
-       q += team_count() * gridDim.x) {
+  const int pieces = ceil_div(args.hidden, V * kWarp), each = trip.chunk_rows * args.parts;
+  const int64_t chunks = static_cast<int64_t>(ceil_div(most, trip.chunk_rows)) * (trip.ranks - 1);
+  for (;;) {
+    const int item = claim(&next), n = item / each;
+    const int64_t q = blockIdx.x + static_cast<int64_t>(n) * gridDim.x;
+    if (q >= chunks) break;
     int peer;
     int64_t chunk;
     nth_chunk(trip, q, peer, chunk);
     const int base = args.base_R1[peer], count = min(args.base_R1[peer + 1] - base, trip.max_rows);
-    const int first = static_cast<int>(chunk) * trip.chunk_rows;
-    if (first >= count) continue;
-    const int rows = min(trip.chunk_rows, count - first);
-    // A warp takes a row, or a part of it where a chunk has fewer rows than the team has warps.
-    for (int item = warp; item < rows * parts; item += kTeamWarps) {
-      const int j = first + item / parts, part = item % parts;
-      const int begin = pieces * part / parts, end = pieces * (part + 1) / parts;
-      if (begin == end) continue;
+    const int part = item % args.parts, j = static_cast<int>(chunk) * trip.chunk_rows + item % each / args.parts;
+    const int begin = pieces * part / args.parts, end = pieces * (part + 1) / args.parts;
+    if (j < count && begin < end) {
       const SlotList list = list_slots(args, base + j);
       const BlockEnds<kBlocks> blocks(list);
       RowStream stream(ring, list.address(args, row_bytes), list.count, static_cast<int>(row_bytes), begin, end);
@@ -93,16 +95,12 @@ __global__ void __launch_bounds__(kMostTeams* kTeam, 2) ep_reduce_push_kernel(Ep
         if (d < args.hidden) store_wire<V>(to, args.wire, d, sum);
       }
     }
-    if (args.probs_N != nullptr) {
-      float* words = reinterpret_cast<float*>(trip.words(peer, trip.me));
-      for (int i = threadIdx.x % kTeam; i < rows * args.slots; i += kTeam) {
-        const int64_t at = static_cast<int64_t>(first) * args.slots + i;
-        const int row = args.row_CK[static_cast<int64_t>(base) * args.slots + at];
-        words[at] = row >= 0 && row < args.num_rows ? args.probs_N[row] : 0.0f;
-      }
+    if (args.probs_N != nullptr && part == 0 && j < count && lane < args.slots) {
+      const int row = args.row_CK[static_cast<int64_t>(base + j) * args.slots + lane];
+      const float value = row >= 0 && row < args.num_rows ? args.probs_N[row] : 0.0f;
+      reinterpret_cast<float*>(trip.words(peer, trip.me))[static_cast<int64_t>(j) * args.slots + lane] = value;
     }
-    team_sync();
-    if (threadIdx.x % kTeam == 0) publish(trip, peer, chunk, epoch);
+    finish_part(trip, arrived, n, each, peer, chunk, epoch);
   }
   if (last_block(trip, kSendTicket, gridDim.x) && threadIdx.x == 0) {
     trip.state[trip.counters + kSent] = static_cast<int32_t>(epoch);
@@ -115,14 +113,14 @@ void ep_reduce_push(
     int64_t tree_blocks, bool compact, int64_t blocks) {
   const DeviceGuard guard(state.get_device_index());
   const EpTrip trip = read_trip(peers, state, words);
-  const PartialArgs args =
-      read_partial(trip, rows, row_index, ids, base, probs, wire, num_experts, tree_blocks, compact);
+  PartialArgs args = read_partial(trip, rows, row_index, ids, base, probs, wire, num_experts, tree_blocks, compact);
+  args.parts = trip.chunk_rows < kMostParts ? kMostParts / trip.chunk_rows : 1;
   const cudaStream_t stream = current_stream(state);
-  const int grid = to_int32(blocks, "blocks"), teams = choose_teams(state.get_device_index());
+  const int grid = to_int32(blocks, "blocks"), warps = choose_warps(state.get_device_index());
   dispatch_partial(rows.scalar_type(), args, [&](auto zero, auto blocks_c) {
     const auto kernel = ep_reduce_push_kernel<decltype(zero), blocks_c.value>;
-    allow_rings(kernel, teams);
-    kernel<<<grid, teams * kTeam, teams * kTeamShared, stream>>>(trip, args);
+    allow_rings(kernel, warps);
+    kernel<<<grid, warps * kWarp, warps * kRingBytes, stream>>>(trip, args);
   });
   MOE_LAUNCH_CHECK();
 }
