@@ -87,6 +87,39 @@ inline void allow_shared_memory(Kernel kernel, int64_t bytes) {
   }
 }
 
+// Launches a kernel that calls await_previous_kernel() (or cudaGridDependencySynchronize()) before it reads or writes what
+// others do: from sm_90 on beside the kernel before it in the stream (programmatic dependent launch), once all blocks of
+// that one have called start_next_kernel() or ended, so that the launch itself costs no time on the device.
+template <typename Kernel, typename... Args>
+void launch_beside(Kernel kernel, int blocks, int threads, int64_t bytes, cudaStream_t stream, const Args&... args) {
+  int device = 0, major = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+__device__ __forceinline__ void start_next_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+__device__ __forceinline__ void await_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
 // ------------------------------------------------------------------------------------------------------- arithmetic
 
 template <typename T>

@@ -1,8 +1,8 @@
 // Trips of rows between windows, as device functions: the twin of `_Trip` in moe_layer/ops/ep.py, which describes the
 // protocol. Unless it says otherwise a function is for whole blocks: all threads call, and all get the same answer.
 //
-// Memory order. The warps of a chunk write its rows, then count themselves in shared memory; the last one publishes: a
-// system fence, which is cumulative over what the count ordered before it, then a release store of the flag. One thread
+// Memory order. The warps of a chunk write its rows, then count themselves in shared memory; the last one publishes by a
+// release store of the flag, which is cumulative over what the count and its fences ordered before it. One thread
 // of the readers (a warp or a block) polls with acquire loads; they meet and read with plain loads or asynchronous
 // copies. Where several blocks contribute, `last_block` elects the one that saw all the others' fences.
 //
@@ -139,13 +139,11 @@ __device__ inline void write_headers(const EpTrip& trip, uint32_t epoch, int pee
   int32_t* head = trip.head(peer, trip.me);
   for (int i = 0; i < kCompared; ++i) head[i] = trip.compared[i];
   head[kCompared] = count;
-  __threadfence_system();
   store_release_sys(trip.word(peer, trip.ready, trip.me), epoch);
 }
 
 // One thread, after all that wrote the chunk's rows: publishes them.
 __device__ inline void publish(const EpTrip& trip, int peer, int64_t chunk, uint32_t epoch) {
-  __threadfence_system();
   store_release_sys(trip.flag(peer, trip.me, chunk), epoch);
 }
 
@@ -162,7 +160,10 @@ __device__ inline void finish_part(
     const int before = n / kArrivals * parts;
     int32_t* count = counts + n % kArrivals;
     while (*static_cast<volatile int32_t*>(count) < before) __nanosleep(32);  // a warp is kArrivals chunks behind
-    if (atomicAdd(count, 1) == before + parts - 1) publish(trip, peer, chunk, epoch);
+    if (atomicAdd(count, 1) == before + parts - 1) {
+      __threadfence_block();
+      publish(trip, peer, chunk, epoch);
+    }
   }
   __syncwarp();
 }
@@ -180,11 +181,11 @@ __device__ inline bool last_block(const EpTrip& trip, EpCounter ticket, int bloc
   bool last = false;
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence_system();
+    __threadfence();
     int32_t* at = trip.state + trip.counters + ticket;
     last = atomicAdd(at, 1) == blocks - 1;
     if (last) *at = 0;
-    __threadfence_system();
+    __threadfence();
   }
   return __syncthreads_or(last) != 0;
 }
@@ -223,6 +224,13 @@ inline void prefer_shared_memory(Kernel kernel) {
 }
 
 EpTrip read_trip(const Tensor& peers, Tensor& state, const Tensor& words);
+
+// A row's words are its token, K experts, K places, K weights; behind those of all rows a count for each local expert.
+inline void check_words_fit(const EpTrip& trip, int64_t slots, int64_t num_local) {
+  STD_TORCH_CHECK(
+      trip.max_rows * 4 * (1 + 3 * slots) + 4 * num_local <= trip.meta_block, "the window has no room for ",
+      1 + 3 * slots, " words a row and ", num_local, " counts");
+}
 
 // Rows of this trip as they are outside of the window, or, with fp8, bf16 rows of which it carries the encoding.
 inline void check_width(const EpTrip& trip, const Tensor& rows, const char* name, bool fp8) {

@@ -1,9 +1,9 @@
 // Which tokens go to which rank, in token order, and each slot's place among this rank's slots of its expert. Twin of
 // ep_plan in moe_layer/ops/ep.py.
 //
-// Tokens are cut into one contiguous piece per block and one segment per warp. The first kernel counts per piece; in the
-// second every block sums the counts of the pieces before it and its warps rank their segments in order, so that no
-// atomic decides an order. A *column* is an expert, or E + a rank.
+// Tokens are cut into one contiguous piece per block and one segment per warp. The first kernel counts per piece; the
+// second, launched beside it, counts its segments meanwhile, then every block sums the counts of the pieces before it and
+// its warps rank their segments in order, so that no atomic decides an order. A *column* is an expert, or E + a rank.
 
 #include "ep.cuh"
 
@@ -73,6 +73,7 @@ __device__ __forceinline__ void count_range(
 
 __global__ void __launch_bounds__(kMostWarps* kWarp) count_plan_kernel(PlanArgs args) {
   extern __shared__ int32_t columns[];
+  start_next_kernel();
   for (int j = threadIdx.x; j < args.columns(); j += blockDim.x) columns[j] = 0;
   __syncthreads();
   const int piece = args.segment * (blockDim.x / kWarp), begin = blockIdx.x * piece;
@@ -93,6 +94,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) place_plan_kernel(PlanArgs 
   const int end = min(begin + args.segment, args.T);
   int32_t* next_C = next_WC + warp * columns;
   count_range(args, begin, end, lane, kWarp, next_C);
+  await_previous_kernel();
   __syncthreads();
   for (int j = threadIdx.x; j < columns; j += blockDim.x) {
     int next = 0;
@@ -194,7 +196,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ep_plan(
   count_plan_kernel<<<grid, threads, shared, stream>>>(args);
   MOE_LAUNCH_CHECK();
   allow_shared_memory(place_plan_kernel, warps * shared);
-  place_plan_kernel<<<grid, threads, warps * shared, stream>>>(args);
+  launch_beside(place_plan_kernel, grid, threads, warps * shared, stream, args);
   MOE_LAUNCH_CHECK();
   return {tokens, position, counts, places, counts_E};
 }

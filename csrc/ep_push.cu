@@ -1,7 +1,10 @@
-// Send rows of a list to each rank: words first, then rows in flagged chunks. Twin of ep_push in moe_layer/ops/ep.py.
+// Send rows of a list to each rank: counts and headers first, then rows with their words, in flagged chunks; or, where the
+// rows fly already (ep_dense.cu), words, then counts and headers. Twin of ep_push in moe_layer/ops/ep.py.
 //
-// Each block takes chunks, the peers in turn; a warp copies a row with eight 16-byte loads a lane in flight, or encodes it
-// on the way. (Bulk copies through shared memory, 16 to 32 blocks with 64 to 128 KiB each, were slower on two H200s.)
+// Each block takes chunks, the peers in turn, and its warps rows as they come free; a warp copies a row with eight 16-byte
+// loads a lane in flight, or encodes it on the way. A row's words travel with it: behind a full link a launch of their own
+// would hold the rows back, and words that arrive later than the rows hold the receiver back. (Bulk copies through shared
+// memory, 16 to 32 blocks with 64 to 128 KiB each, were slower on two H200s.)
 
 #include "ep.cuh"
 #include "ep_fp8.cuh"
@@ -24,7 +27,8 @@ struct PushArgs {
   const int32_t* counts_E;  // null: nobody asked
   int64_t row_bytes;        // of `rows`; the trip's width is that of the encoded row
   int32_t num_rows, list, words0, words1, num_local;
-  bool dense;  // ep_open took the slot, ep_push_rows sends the rows
+
+  __device__ int words() const { return meta0 == nullptr ? 0 : 1 + words0 * (places == nullptr ? 1 : 2) + words1; }
 };
 
 // The rows for each peer. A list longer than the window would overwrite the next region: it is cut, and the count says so
@@ -41,107 +45,107 @@ __device__ __forceinline__ void read_counts(const PushArgs& args, int32_t* count
   __syncthreads();
 }
 
-// The words of all rows, the counts by expert, then the headers. A launch of its own: words that a block writes while
-// others send rows already wait behind them, 40 to 280 us on an H200, and the receiver waits for the words.
-__global__ void __launch_bounds__(kCopyThreads) ep_words_kernel(PushArgs args) {
+// What the receivers need to know where each expert's rows begin, and how many come. All threads of one block call it.
+__device__ __forceinline__ void announce(const PushArgs& args, const int32_t* counts, uint32_t epoch) {
   const EpTrip& trip = args.trip;
-  __shared__ int32_t counts[kMostRanks];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  if (args.dense ? trip.failed() : !wait_credits(trip, now_ns() + trip.deadline_ns)) return;
-  const uint32_t epoch = trip.epoch(kSent) + (args.dense ? 0 : 1);
-  read_counts(args, counts);
-  for (int e = blockIdx.x * kCopyThreads + threadIdx.x; e < args.num_local * trip.ranks;
-       e += gridDim.x * kCopyThreads) {
+  for (int e = threadIdx.x; e < args.num_local * trip.ranks; e += blockDim.x) {
     const int peer = e / args.num_local;
     trip.expert_counts(peer, trip.me, args.num_local)[e - peer * args.num_local] = args.counts_E[e];
   }
-  // A warp takes eight rows at a time: their loads are in flight together.
-  const int width0 = args.words0, places = args.places == nullptr ? 0 : width0,
-            words = 1 + width0 + places + args.words1;
-  const int each = kCopyThreads / kWarp * static_cast<int>(gridDim.x) * kAhead;
-  for (int peer = 0; peer < trip.ranks; ++peer) {
-    int32_t* to = trip.words(peer, trip.me);
-    const int rows = args.meta0 == nullptr ? 0 : counts[peer];
-    for (int i = (blockIdx.x * (kCopyThreads / kWarp) + warp) * kAhead; i < rows; i += each) {
-      const bool inside = lane < kAhead && i + lane < rows;
-      const int mine = inside ? args.tokens_RS[static_cast<int64_t>(peer) * args.list + i + lane] : -1;
-      for (int first = 0; first < words; first += kWarp) {  // the same turns in all lanes: they shuffle
-        const int w = first + lane - 1;
-        const int32_t* from = args.meta1 + w - width0 - places;
-        int width = args.words1;
-        if (w < width0 + places) from = args.places + w - width0, width = width0;
-        if (w < width0) from = args.meta0 + w;
-        int32_t values[kAhead];
-#pragma unroll
-        for (int j = 0; j < kAhead; ++j) {
-          const int64_t token = __shfl_sync(0xffffffffu, mine, j);
-          values[j] = static_cast<int32_t>(token);
-          if (w >= 0 && w + 1 < words && token >= 0 && token < args.num_rows) values[j] = from[token * width];
-        }
-#pragma unroll
-        for (int j = 0; j < kAhead; ++j) {
-          if (w + 1 < words && i + j < rows) to[static_cast<int64_t>(i + j) * words + w + 1] = values[j];
-        }
-      }
+  __syncthreads();
+  if (threadIdx.x < trip.ranks) write_headers(trip, epoch, threadIdx.x, counts[threadIdx.x]);
+}
+
+// Word w of a row: its token, then the token's words of meta0, places and meta1.
+__device__ __forceinline__ int32_t read_word(const PushArgs& args, int64_t token, int w) {
+  if (w == 0) return static_cast<int32_t>(token);
+  w -= 1;
+  if (w < args.words0) return args.meta0[token * args.words0 + w];
+  w -= args.words0;
+  if (args.places != nullptr) {
+    if (w < args.words0) return args.places[token * args.words0 + w];
+    w -= args.words0;
+  }
+  return args.meta1[token * args.words1 + w];
+}
+
+// The words of a dense push, a warp for a row: ep_open took the slot, ep_push_rows sends the rows.
+__global__ void __launch_bounds__(kCopyThreads) ep_words_kernel(PushArgs args) {
+  const EpTrip& trip = args.trip;
+  __shared__ int32_t counts[kMostRanks];
+  if (trip.failed()) return;
+  read_counts(args, counts);
+  const int words = args.words(), warps = static_cast<int>(gridDim.x) * (kCopyThreads / kWarp);
+  for (int peer = 0; words > 0 && peer < trip.ranks; ++peer) {
+    if (peer == trip.me) continue;
+    for (int i = (blockIdx.x * kCopyThreads + threadIdx.x) / kWarp; i < counts[peer]; i += warps) {
+      const int64_t token = args.tokens_RS[static_cast<int64_t>(peer) * args.list + i];
+      if (token < 0 || token >= args.num_rows) continue;
+      int32_t* to = trip.words(peer, trip.me) + static_cast<int64_t>(i) * words;
+      for (int w = threadIdx.x % kWarp; w < words; w += kWarp) to[w] = read_word(args, token, w);
     }
   }
-  if (last_block(trip, kMetaTicket, gridDim.x) && threadIdx.x < trip.ranks) {
-    write_headers(trip, epoch, threadIdx.x, counts[threadIdx.x]);
+  if (last_block(trip, kMetaTicket, gridDim.x)) announce(args, counts, trip.epoch(kSent));
+}
+
+template <typename Unit>
+__device__ __forceinline__ void copy_row(const Unit* from, Unit* to, int64_t units) {
+  const int lane = threadIdx.x % kWarp;
+  for (int64_t begin = lane; begin < units; begin += kWarp * kAhead) {
+    Unit values[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      if (begin + j * kWarp < units) values[j] = from[begin + j * kWarp];
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      if (begin + j * kWarp < units) to[begin + j * kWarp] = values[j];
+    }
   }
 }
 
 template <typename Unit, bool kFp8>
 __global__ void __launch_bounds__(kFp8 ? kEncodeThreads : kCopyThreads, kFp8 ? 2 : 4) ep_push_kernel(PushArgs args) {
-  constexpr int kThreads = kFp8 ? kEncodeThreads : kCopyThreads;
   const EpTrip& trip = args.trip;
-  __shared__ int32_t counts[kMostRanks], arrived[kArrivals];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  __shared__ int32_t counts[kMostRanks], arrived[kArrivals], next;
+  const int lane = threadIdx.x % kWarp;
   if (threadIdx.x < kArrivals) arrived[threadIdx.x] = 0;
+  if (threadIdx.x == 0) next = 0;
   if (!wait_credits(trip, now_ns() + trip.deadline_ns)) return;
   const uint32_t epoch = trip.epoch(kSent) + 1;
   read_counts(args, counts);
-  if (args.meta0 == nullptr && blockIdx.x == 0 && threadIdx.x < trip.ranks) {
-    write_headers(trip, epoch, threadIdx.x, counts[threadIdx.x]);
-  }
+  if (blockIdx.x == 0) announce(args, counts, epoch);
 
   const int64_t per_row = args.row_bytes / static_cast<int64_t>(sizeof(Unit));
-  const Unit* source = static_cast<const Unit*>(args.rows);
-  int most = 0, sent = 0;
+  const int words = args.words();
+  int most = 0;
   for (int peer = 0; peer < trip.ranks; ++peer) {
     if (peer != trip.me) most = max(most, counts[peer]);
   }
-  const int64_t items = static_cast<int64_t>(ceil_div(most, trip.chunk_rows)) * (trip.ranks - 1);
-  for (int64_t q = blockIdx.x; q < items; q += gridDim.x) {
+  const int64_t chunks = static_cast<int64_t>(ceil_div(most, trip.chunk_rows)) * (trip.ranks - 1);
+  for (;;) {
+    const int item = claim(&next), n = item / trip.chunk_rows;
+    const int64_t q = blockIdx.x + static_cast<int64_t>(n) * gridDim.x;
+    if (q >= chunks) break;
     int peer;
     int64_t chunk;
     nth_chunk(trip, q, peer, chunk);
-    const int first = static_cast<int>(chunk) * trip.chunk_rows;
-    if (first >= counts[peer]) continue;
-    const int end = min(first + trip.chunk_rows, counts[peer]);
-    uint8_t* target = trip.rows(peer, trip.me);
-    const int32_t* tokens = args.tokens_RS + static_cast<int64_t>(peer) * args.list;
-    for (int i = first + warp; i < end; i += kThreads / kWarp) {
-      const int32_t token = tokens[i];
-      if (token < 0 || token >= args.num_rows) continue;
-      const Unit* from = source + token * per_row;
+    const int64_t i = chunk * trip.chunk_rows + item % trip.chunk_rows;
+    const int64_t token = i < counts[peer] ? args.tokens_RS[static_cast<int64_t>(peer) * args.list + i] : -1;
+    if (token >= 0 && token < args.num_rows) {
+      const int32_t word = lane < words ? read_word(args, token, lane) : 0;
+      const Unit* from = static_cast<const Unit*>(args.rows) + token * per_row;
+      uint8_t* to = trip.rows(peer, trip.me) + i * trip.width;
       if constexpr (kFp8) {
-        fp8_encode_row(from, target + i * trip.width, per_row);
-        continue;
+        fp8_encode_row(from, to, per_row);
+      } else {
+        copy_row(from, reinterpret_cast<Unit*>(to), per_row);
       }
-      Unit* to = reinterpret_cast<Unit*>(target + i * trip.width);
-      for (int64_t begin = lane; begin < per_row; begin += kWarp * kAhead) {
-        Unit values[kAhead];
-#pragma unroll
-        for (int j = 0; j < kAhead; ++j) {
-          if (begin + j * kWarp < per_row) values[j] = from[begin + j * kWarp];
-        }
-#pragma unroll
-        for (int j = 0; j < kAhead; ++j) {
-          if (begin + j * kWarp < per_row) to[begin + j * kWarp] = values[j];
-        }
-      }
+      int32_t* words_to = trip.words(peer, trip.me) + i * words;
+      if (lane < words) words_to[lane] = word;
+      for (int w = lane + kWarp; w < words; w += kWarp) words_to[w] = read_word(args, token, w);
     }
-    finish_part(trip, arrived, sent++, kThreads / kWarp, peer, chunk, epoch);
+    finish_part(trip, arrived, n, trip.chunk_rows, peer, chunk, epoch);
   }
   if (last_block(trip, kSendTicket, gridDim.x) && threadIdx.x == 0) {
     trip.state[trip.counters + kSent] = static_cast<int32_t>(epoch);
@@ -165,7 +169,6 @@ void ep_push(
   args.rows = rows.const_data_ptr();
   args.tokens_RS = in_ptr<int32_t>(tokens);
   args.counts_R = in_ptr<int32_t>(counts);
-  args.dense = dense;
   args.num_rows = to_int32(rows.size(0), "rows");
   args.list = to_int32(tokens.size(1), "list");
   int64_t sent_words = 0;
@@ -204,20 +207,15 @@ void ep_push(
       args.trip.width * args.trip.max_rows <= args.trip.data_block, "the window has no room for rows of ",
       args.trip.width, " bytes");
   const cudaStream_t stream = current_stream(state);
-  const int device = state.get_device_index();
   const bool wide = args.trip.width % 16 == 0 && reinterpret_cast<uintptr_t>(args.rows) % 16 == 0;
-  if (args.meta0 != nullptr || dense) {
-    const int64_t wanted = args.meta0 == nullptr ? 1 : ceil_div<int64_t>(args.list, kCopyThreads / kWarp * kAhead);
-    const int64_t most = blocks > 0 ? blocks : sm_count(device);
-    ep_words_kernel<<<
-        static_cast<int>(
-            wanted < 1      ? 1
-            : wanted < most ? wanted
-                            : most),
-        kCopyThreads, 0, stream>>>(args);
+  if (dense) {
+    const int64_t wanted = ceil_div<int64_t>(args.list * (args.trip.ranks - 1), kCopyThreads / kWarp);
+    const int64_t most = blocks > 0 ? blocks : sm_count(state.get_device_index());
+    const int64_t some = args.meta0 == nullptr || wanted < 1 ? 1 : wanted < most ? wanted : most;
+    ep_words_kernel<<<static_cast<int>(some), kCopyThreads, 0, stream>>>(args);
     MOE_LAUNCH_CHECK();
+    return;
   }
-  if (dense) return;
   const int grid = blocks > 0 ? to_int32(blocks, "blocks") : fp8 ? kEncodeBlocks : kCopyBlocks;
   if (fp8) {
     ep_push_kernel<uint4, true><<<grid, kEncodeThreads, 0, stream>>>(args);

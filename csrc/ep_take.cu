@@ -1,17 +1,41 @@
-// Copy the rows of a trip out of the window while they arrive, each to the rows of its experts. Twin of ep_take in
-// moe_layer/ops/ep.py.
+// Copy the rows of a trip out of the window while they arrive, each to the rows of its experts, which are known (ep_take) or
+// follow from the words that arrive with the row (ep_expand): a slot's row is the first one of its (expert, source rank),
+// which the counts told (ep_arrange), plus its place among that source's slots of the expert. No sort, and the own rows
+// need not wait for anything else. Twins: moe_layer/ops/ep_receive.py, ep_expand.py.
 //
 // Warps take rows: the own ones first, which are there already, then the peers' in the order in which they are sent. One
 // lane waits for the flag of the row's chunk; the warp reads the row once and writes it up to K times. Rows and not
 // chunks, so that no block is left with one chunk more than others: the copy is as long as its longest block.
 
-#include "ep.cuh"
-#include "ep_fp8.cuh"
+#include "ep_copy.cuh"
 
 namespace moe_layer {
 namespace {
 
-constexpr int kThreads = 256, kAhead = 8, kBlocksPerSm = 3, kDecodeBlocksPerSm = 2;
+constexpr int kThreads = 256, kBlocksPerSm = 3, kDecodeBlocksPerSm = 2;
+
+// What ep_expand reads of the own rows and of all counts, and what it writes beside the rows.
+struct ExpandArgs {
+  const int32_t* ids_TK;
+  const int32_t* places_TK;
+  const float* weights_TK;
+  const int32_t* first_RL;  // [ranks + 1, num_local]
+  int32_t* token_C;
+  int32_t* rank_C;
+  int32_t* ids_CK;
+  int32_t* row_CK;
+  int32_t* slot_N;
+  float* probs_N;
+  int32_t* index_N;  // null: rows do not stay compact
+  int32_t first_expert, num_rows;
+  bool dense;  // words are there before the headers, and a source's row lies where its token says
+
+  __device__ void clear(int64_t n) const {
+    slot_N[n] = -1;
+    probs_N[n] = 0.0f;
+    if (index_N != nullptr) index_N[n] = 0;
+  }
+};
 
 struct TakeArgs {
   EpTrip trip;
@@ -19,34 +43,16 @@ struct TakeArgs {
   const int32_t* tokens_S;  // this rank's own list
   const int32_t* base_R1;
   const int32_t* counts_R;
-  const int32_t* token_C;  // null: a source's row i is its i-th; else (dense push) its token's
+  const int32_t* token_C;  // of ep_take of a dense push: null, a source's row i is its i-th; else its token's
   const int32_t* row_CK;
-  const int32_t* slot_N;
+  const int32_t* slot_N;  // of ep_take
   const int32_t* offsets_L1;
   void* out;
   int64_t out_rows;
   int64_t row_bytes;  // of `rows` and `out`
-  int32_t num_rows, list, slots, num_compact, num_local, num_tokens;
+  int32_t num_rows, slots, num_compact, num_local, num_tokens;
+  ExpandArgs expand;
 };
-
-// Where a unit of an arriving row comes from: the row as it is, or decoded; own rows take the same roundings.
-template <typename Unit, bool kFp8>
-__device__ __forceinline__ Unit read_unit(const uint8_t* row, bool own, int64_t unit, int64_t units) {
-  if constexpr (kFp8) {
-    Fp8Unit coded{};
-    if (own) {
-      uint4 x{};
-      if (unit < units) x = __ldcg(reinterpret_cast<const uint4*>(row) + unit);
-      coded = fp8_encode(x);
-    } else if (unit < units) {
-      coded.values = __ldcg(reinterpret_cast<const uint2*>(row) + unit);
-      coded.scale = __ldcg(reinterpret_cast<const float*>(row + units * 8) + unit / 16);
-    }
-    return fp8_decode(coded);
-  } else {
-    return unit < units ? __ldcg(reinterpret_cast<const Unit*>(row) + unit) : Unit{};
-  }
-}
 
 // The rows that compact row c goes to: lane k's, -1 where there is none. The whole warp calls it.
 __device__ __forceinline__ int32_t read_targets(const TakeArgs& args, int64_t c) {
@@ -60,27 +66,95 @@ __device__ __forceinline__ int32_t read_targets(const TakeArgs& args, int64_t c)
   return row < args.out_rows ? row : -1;
 }
 
-template <typename Unit, bool kFp8>
-__device__ __forceinline__ void copy_row(
-    const TakeArgs& args, const uint8_t* from, bool own, int32_t mine, int64_t per_row) {
-  constexpr unsigned kAll = 0xffffffffu;
-  constexpr int kDepth = kFp8 ? 4 : kAhead;
-  const int lane = threadIdx.x % kWarp;
-  Unit* out = static_cast<Unit*>(args.out);
-  const unsigned targets = __ballot_sync(kAll, mine >= 0);
-  for (int64_t begin = 0; begin < per_row; begin += kWarp * kDepth) {
-    Unit values[kDepth];
-#pragma unroll
-    for (int j = 0; j < kDepth; ++j) values[j] = read_unit<Unit, kFp8>(from, own, begin + j * kWarp + lane, per_row);
-    for (unsigned left = targets; left != 0; left &= left - 1) {
-      Unit* to = out + static_cast<int64_t>(__shfl_sync(kAll, mine, __ffs(left) - 1)) * per_row;
-#pragma unroll
-      for (int j = 0; j < kDepth; ++j) {
-        const int64_t column = begin + j * kWarp + lane;
-        if (column < per_row) to[column] = values[j];
-      }
+// The same for row i of a source, from its words; the tables get what later calls read. Slots are lanes.
+__device__ __forceinline__ int32_t
+place_row(const TakeArgs& args, int source, int64_t i, int64_t c, int32_t own_token) {
+  const ExpandArgs& to = args.expand;
+  const EpTrip& trip = args.trip;
+  const int lane = threadIdx.x % kWarp, K = args.slots, L = args.num_local;
+  const int32_t* words = trip.words(trip.me, source) + i * (1 + 3 * K);
+  int token = own_token, id = -1, place = -1, row = -1;
+  float weight = 0.0f;
+  if (source != trip.me) token = __ldcg(words);
+  if (lane < K && source == trip.me) {
+    const int64_t slot = static_cast<int64_t>(token) * K + lane;
+    id = to.ids_TK[slot], place = to.places_TK[slot], weight = to.weights_TK[slot];
+  } else if (lane < K) {
+    id = __ldcg(words + 1 + lane), place = __ldcg(words + 1 + K + lane);
+    weight = __int_as_float(__ldcg(words + 1 + 2 * K + lane));
+  }
+  const unsigned e = static_cast<unsigned>(id - to.first_expert);
+  const bool local = lane < K && e < static_cast<unsigned>(L);
+  if (local) {
+    const int first = to.first_RL[source * L + e], end = to.first_RL[(source + 1) * L + e];
+    if (place >= 0 && place < end - first && first + place < to.num_rows) row = first + place;
+  }
+  if (lane < K) {
+    to.ids_CK[c * K + lane] = local ? id : -1;
+    to.row_CK[c * K + lane] = row;
+  }
+  if (row >= 0) {
+    to.slot_N[row] = static_cast<int32_t>(c * K + lane);
+    to.probs_N[row] = weight;
+    if (to.index_N != nullptr) to.index_N[row] = static_cast<int32_t>(c);
+  }
+  if (lane == 0) to.token_C[c] = token, to.rank_C[c] = source;
+  if (to.index_N == nullptr) return row;
+  return lane == 0 ? static_cast<int32_t>(c) : -1;
+}
+
+// A warp zeroes a row.
+template <typename Unit>
+__device__ __forceinline__ void clear_row(void* out, int64_t n, int64_t per_row) {
+  Unit* to = static_cast<Unit*>(out) + n * per_row;
+  for (int64_t column = threadIdx.x % kWarp; column < per_row; column += kWarp) to[column] = Unit{};
+}
+
+// What no row reaches: pads, the rows after the last expert's, compact rows that did not come.
+template <typename Unit>
+__device__ __forceinline__ void clear_rest(const TakeArgs& args, int64_t per_row) {
+  const ExpandArgs& to = args.expand;
+  const int L = args.num_local, lane = threadIdx.x % kWarp, K = args.slots;
+  const int64_t thread = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
+  const int64_t threads = gridDim.x * static_cast<int64_t>(kThreads);
+  for (int64_t e = thread / kWarp; e < L; e += threads / kWarp) {
+    const int end = args.offsets_L1[e + 1];
+    for (int n = to.first_RL[args.trip.ranks * L + e]; n < end; ++n) {
+      if (lane == 0) to.clear(n);
+      if (to.index_N == nullptr && n < args.out_rows) clear_row<Unit>(args.out, n, per_row);
     }
   }
+  for (int64_t n = args.offsets_L1[L] + thread; n < to.num_rows; n += threads) to.clear(n);
+  const int64_t arrived = args.base_R1[args.trip.ranks];
+  for (int64_t c = arrived + thread; c < args.num_compact; c += threads) to.token_C[c] = to.rank_C[c] = -1;
+  for (int64_t i = arrived * K + thread; i < static_cast<int64_t>(args.num_compact) * K; i += threads) {
+    to.ids_CK[i] = to.row_CK[i] = -1;
+  }
+}
+
+// The rows are NaN after a failure, and the tables must not lead anybody anywhere. The block that met it does it alone,
+// for all: what the others write is right.
+__device__ void give_up(const TakeArgs& args) {
+  const ExpandArgs& to = args.expand;
+  poison(args.out, args.out_rows * args.row_bytes);
+  if (to.slot_N == nullptr) return;
+  for (int64_t n = threadIdx.x; n < to.num_rows; n += kThreads) to.clear(n);
+  for (int64_t c = threadIdx.x; c < args.num_compact; c += kThreads) to.token_C[c] = to.rank_C[c] = -1;
+  for (int64_t i = threadIdx.x; i < static_cast<int64_t>(args.num_compact) * args.slots; i += kThreads) {
+    to.ids_CK[i] = to.row_CK[i] = -1;
+  }
+}
+
+// Where row i of a source lies in the window; -1: nowhere.
+template <bool kExpand>
+__device__ __forceinline__ int64_t find_row(const TakeArgs& args, int source, int64_t i, int64_t c) {
+  int64_t place = i;
+  if constexpr (kExpand) {
+    if (args.expand.dense) place = __ldcg(args.trip.words(args.trip.me, source) + i * (1 + 3 * args.slots));
+  } else if (args.token_C != nullptr) {
+    place = c < args.num_tokens ? args.token_C[c] : -1;
+  }
+  return place < args.trip.max_rows ? place : -1;
 }
 
 // A peer went on without this rank's credit, so that its copies may have overwritten what was read here (ep_dense.cu). All
@@ -98,26 +172,27 @@ __device__ __forceinline__ bool gave_up(const EpTrip& trip) {
   return __syncthreads_or(found);
 }
 
-template <typename Unit, bool kFp8>
+template <typename Unit, bool kFp8, bool kExpand>
 __global__ void __launch_bounds__(kThreads, 4) ep_take_kernel(TakeArgs args) {
   const EpTrip& trip = args.trip;
   __shared__ int32_t counts[kMostRanks];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const uint64_t until = now_ns() + trip.deadline_ns;
   const int64_t per_row = args.row_bytes / static_cast<int64_t>(sizeof(Unit));
-  bool ok = wait_headers(trip, until, counts);
-  if (!ok) {
-    poison(args.out, args.out_rows * args.row_bytes);
+  if constexpr (kExpand) await_previous_kernel();                          // ep_arrange
+  bool ok = kExpand ? !trip.failed() : wait_headers(trip, until, counts);  // ep_arrange waited
+  if (!__syncthreads_and(ok)) {
+    give_up(args);
     return;
   }
   const uint32_t epoch = trip.epoch(kReceived) + 1;
 
-  if (args.slot_N != nullptr && args.offsets_L1 != nullptr) {
+  if constexpr (kExpand) {
+    clear_rest<Unit>(args, per_row);
+  } else if (args.slot_N != nullptr && args.offsets_L1 != nullptr) {
     const int64_t rows = min(static_cast<int64_t>(args.offsets_L1[args.num_local]), args.out_rows);
     for (int64_t n = blockIdx.x * (kThreads / kWarp) + warp; n < rows; n += gridDim.x * (kThreads / kWarp)) {
-      if (args.slot_N[n] >= 0) continue;
-      Unit* to = static_cast<Unit*>(args.out) + n * per_row;
-      for (int64_t column = lane; column < per_row; column += kWarp) to[column] = Unit{};
+      if (args.slot_N[n] < 0) clear_row<Unit>(args.out, n, per_row);
     }
   }
 
@@ -134,48 +209,53 @@ __global__ void __launch_bounds__(kThreads, 4) ep_take_kernel(TakeArgs args) {
     int64_t i = q;
     if (q >= own_count) nth_chunk(trip, q - own_count, source, i);  // row i of each peer in turn
     if (i >= args.counts_R[source]) continue;
-    const int32_t targets = read_targets(args, args.base_R1[source] + i);
-    int64_t place = i;
-    if (args.token_C != nullptr && source != trip.me) {
-      const int64_t c = args.base_R1[source] + i;
-      place = c < args.num_tokens ? args.token_C[c] : -1;
-      if (place < 0 || place >= trip.max_rows) {
+    const int64_t c = args.base_R1[source] + i;
+    const uint8_t* from = nullptr;
+    int32_t token = -1;
+    if (source == trip.me) {
+      token = args.tokens_S[i];
+      if (token < 0 || token >= args.num_rows) continue;
+      from = own + token * args.row_bytes;
+    } else {
+      const int64_t place = find_row<kExpand>(args, source, i, c);
+      if (place < 0) {
         trip.report(kBadCount, source, trip.max_rows, static_cast<int32_t>(place));
         ok = false;
         break;
       }
-    }
-    const uint8_t* from = trip.rows(trip.me, source) + place * trip.width;
-    if (source == trip.me) {
-      const int32_t token = args.tokens_S[i];
-      if (token < 0 || token >= args.num_rows) continue;
-      from = own + token * args.row_bytes;
-    } else {
+      from = trip.rows(trip.me, source) + place * trip.width;
       if (lane == 0) ok = spin(trip, trip.flag(trip.me, source, place / trip.chunk_rows), epoch, until, source);
       ok = __shfl_sync(0xffffffffu, ok, 0);
       __syncwarp();  // what one lane acquired, all may read
       if (!ok) break;
     }
-    copy_row<Unit, kFp8>(args, from, source == trip.me, targets, per_row);
+    int32_t target;
+    if constexpr (kExpand) {
+      if (c >= args.num_compact) continue;
+      target = place_row(args, source, i, c, token);
+      if (target >= args.out_rows) target = -1;
+    } else {
+      target = read_targets(args, c);
+    }
+    if constexpr (kFp8) {
+      source == trip.me ? round_row(from, target, args.out, static_cast<int>(per_row))
+                        : decode_row(from, target, args.out, static_cast<int>(per_row));
+    } else {
+      copy_row<Unit>(from, target, args.out, per_row);
+    }
   }
   if (!__syncthreads_and(ok)) {
-    poison(args.out, args.out_rows * args.row_bytes);
+    give_up(args);
     return;
   }
   if (!last_block(trip, kReceiveTicket, gridDim.x)) return;
-  if (gave_up(trip)) {
-    poison(args.out, args.out_rows * args.row_bytes);
-    return;
-  }
-  give_credits(trip);
+  gave_up(trip) ? give_up(args) : give_credits(trip);
 }
 
-void ep_take(
-    const Tensor& peers, Tensor state, const Tensor& rows, const Tensor& tokens, const Tensor& base,
-    const Tensor& counts, const std::optional<Tensor>& row_index, const std::optional<Tensor>& slot,
-    const std::optional<Tensor>& offsets, const Tensor& words, Tensor out, bool fp8,
-    const std::optional<Tensor>& token_C) {
-  const DeviceGuard guard(state.get_device_index());
+// The arguments that both ops have.
+TakeArgs read_take(
+    const Tensor& peers, Tensor& state, const Tensor& rows, const Tensor& tokens, const Tensor& base,
+    const Tensor& counts, const Tensor& words, Tensor& out, bool fp8) {
   check_tensor(rows, "rows", rows.scalar_type(), 2);
   check_tensor(tokens, "tokens", ScalarType::Int, 2);
   check_tensor(base, "base", ScalarType::Int, 1);
@@ -191,9 +271,42 @@ void ep_take(
   args.base_R1 = in_ptr<int32_t>(base);
   args.counts_R = in_ptr<int32_t>(counts);
   args.num_rows = to_int32(rows.size(0), "rows");
-  args.list = to_int32(tokens.size(1), "list");
   args.out = out.mutable_data_ptr();
   args.out_rows = out.size(0);
+  return args;
+}
+
+template <bool kExpand>
+void launch_take(const TakeArgs& args, const Tensor& state, bool fp8) {
+  const int64_t wanted =
+      ceil_div<int64_t>(static_cast<int64_t>(args.trip.max_rows) * args.trip.ranks, kThreads / kWarp);
+  const int64_t most = (fp8 ? kDecodeBlocksPerSm : kBlocksPerSm) * sm_count(state.get_device_index());
+  const int grid = static_cast<int>(wanted < most ? wanted : most);
+  const auto run = [&](auto kernel) {
+    prefer_shared_memory(kernel);
+    if constexpr (kExpand) {
+      launch_beside(kernel, grid, kThreads, 0, current_stream(state), args);
+    } else {
+      kernel<<<grid, kThreads, 0, current_stream(state)>>>(args);
+    }
+  };
+  if (fp8) {
+    run(ep_take_kernel<uint4, true, kExpand>);
+  } else if (args.trip.width % 16 == 0 && reinterpret_cast<uintptr_t>(args.rows) % 16 == 0) {
+    run(ep_take_kernel<uint4, false, kExpand>);
+  } else {
+    run(ep_take_kernel<uint8_t, false, kExpand>);
+  }
+  MOE_LAUNCH_CHECK();
+}
+
+void ep_take(
+    const Tensor& peers, Tensor state, const Tensor& rows, const Tensor& tokens, const Tensor& base,
+    const Tensor& counts, const std::optional<Tensor>& row_index, const std::optional<Tensor>& slot,
+    const std::optional<Tensor>& offsets, const Tensor& words, Tensor out, bool fp8,
+    const std::optional<Tensor>& token_C) {
+  const DeviceGuard guard(state.get_device_index());
+  TakeArgs args = read_take(peers, state, rows, tokens, base, counts, words, out, fp8);
   if (row_index.has_value()) {
     check_tensor(*row_index, "row_CK", ScalarType::Int, 2);
     args.row_CK = in_ptr<int32_t>(*row_index);
@@ -216,26 +329,68 @@ void ep_take(
     STD_TORCH_CHECK(slot->size(0) >= out.size(0), "slot_N must cover the rows of out");
     args.slot_N = in_ptr<int32_t>(*slot);
   }
-  const cudaStream_t stream = current_stream(state);
-  const int64_t wanted =
-      ceil_div<int64_t>(static_cast<int64_t>(args.trip.max_rows) * args.trip.ranks, kThreads / kWarp);
-  const int64_t most = (fp8 ? kDecodeBlocksPerSm : kBlocksPerSm) * sm_count(state.get_device_index());
-  const int grid = static_cast<int>(wanted < most ? wanted : most);
-  const auto run = [&](auto kernel) {
-    prefer_shared_memory(kernel);
-    kernel<<<grid, kThreads, 0, stream>>>(args);
-  };
-  if (fp8) {
-    run(ep_take_kernel<uint4, true>);
-  } else if (args.trip.width % 16 == 0 && reinterpret_cast<uintptr_t>(args.rows) % 16 == 0) {
-    run(ep_take_kernel<uint4, false>);
-  } else {
-    run(ep_take_kernel<uint8_t, false>);
+  launch_take<false>(args, state, fp8);
+}
+
+using Tables = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Tables ep_expand(
+    const Tensor& peers, Tensor state, const Tensor& rows, const Tensor& tokens, const Tensor& ids_TK,
+    const Tensor& places_TK, const Tensor& weights_TK, const Tensor& base, const Tensor& counts, const Tensor& first_RL,
+    const Tensor& offsets, const Tensor& words, Tensor out, int64_t first_expert, int64_t num_compact, int64_t num_rows,
+    bool compact, bool fp8, bool dense) {
+  const DeviceGuard guard(state.get_device_index());
+  TakeArgs args = read_take(peers, state, rows, tokens, base, counts, words, out, fp8);
+  check_tensor(ids_TK, "ids_TK", ScalarType::Int, 2);
+  check_tensor(places_TK, "places_TK", ScalarType::Int, 2);
+  check_tensor(weights_TK, "weights_TK", ScalarType::Float, 2);
+  check_tensor(first_RL, "first_RL", ScalarType::Int, 2);
+  check_tensor(offsets, "offsets_L1", ScalarType::Int, 1);
+  const int64_t K = ids_TK.size(1), L = first_RL.size(1);
+  for (const Tensor* one : {&ids_TK, &places_TK, &weights_TK}) {
+    check_size(*one, "ids_TK, places_TK and weights_TK", 0, rows.size(0));
+    check_size(*one, "ids_TK, places_TK and weights_TK", 1, K);
   }
-  MOE_LAUNCH_CHECK();
+  check_size(first_RL, "first_RL", 0, args.trip.ranks + 1);
+  check_size(offsets, "offsets_L1", 0, L + 1);
+  STD_TORCH_CHECK(K >= 1 && K <= kWarp, "ep_expand serves 1 to 32 slots, got ", K);
+  STD_TORCH_CHECK(
+      out.size(0) >= (compact ? num_compact : num_rows), "out must have ", compact ? num_compact : num_rows,
+      " rows, got ", out.size(0));
+  check_words_fit(args.trip, K, L);
+  to_int32(num_compact * K, "compact slots");
+  constexpr ScalarType i32 = ScalarType::Int;
+  Tensor token = new_empty(state, {num_compact}, i32), rank = new_empty(state, {num_compact}, i32);
+  Tensor ids = new_empty(state, {num_compact, K}, i32), row = new_empty(state, {num_compact, K}, i32);
+  Tensor slot = new_empty(state, {num_rows}, i32), probs = new_empty(state, {num_rows}, ScalarType::Float);
+  Tensor index = new_empty(state, {compact ? num_rows : 0}, i32);
+  args.offsets_L1 = in_ptr<int32_t>(offsets);
+  args.num_local = to_int32(L, "local experts");
+  args.num_compact = to_int32(num_compact, "num_compact");
+  args.slots = to_int32(K, "slots");
+  args.expand = {
+      in_ptr<int32_t>(ids_TK),
+      in_ptr<int32_t>(places_TK),
+      in_ptr<float>(weights_TK),
+      in_ptr<int32_t>(first_RL),
+      out_ptr<int32_t>(token),
+      out_ptr<int32_t>(rank),
+      out_ptr<int32_t>(ids),
+      out_ptr<int32_t>(row),
+      out_ptr<int32_t>(slot),
+      out_ptr<float>(probs),
+      compact ? out_ptr<int32_t>(index) : nullptr,
+      to_int32(first_expert, "first_expert"),
+      to_int32(num_rows, "num_rows"),
+      dense};
+  launch_take<true>(args, state, fp8);
+  return {token, rank, ids, row, slot, probs, index};
 }
 
 }  // namespace
 }  // namespace moe_layer
 
-STABLE_TORCH_LIBRARY_IMPL(moe_layer, CUDA, m) { m.impl("ep_take", TORCH_BOX(&moe_layer::ep_take)); }
+STABLE_TORCH_LIBRARY_IMPL(moe_layer, CUDA, m) {
+  m.impl("ep_take", TORCH_BOX(&moe_layer::ep_take));
+  m.impl("ep_expand", TORCH_BOX(&moe_layer::ep_expand));
+}

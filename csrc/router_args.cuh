@@ -104,26 +104,6 @@ inline bool lean_fits(const Forward& p, bool keyed) {
          (p.groups == 0 || (p.group_chunked && p.group_size <= (p.experts <= 256 ? 64 : 128)));
 }
 
-// Launches a kernel that begins with cudaGridDependencySynchronize(): from sm_90 on beside the kernel before it in the stream
-// (programmatic dependent launch), so that the launch itself costs no time on the device.
-template <typename Kernel, typename... Args>
-void launch_beside(Kernel kernel, int blocks, int threads, int64_t bytes, cudaStream_t stream, const Args&... args) {
-  int device = 0, major = 0;
-  STD_CUDA_CHECK(cudaGetDevice(&device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = static_cast<size_t>(bytes);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = major >= 9 ? 1 : 0;
-  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
-}
-
 // Host launchers, one file each so that they compile in parallel. `blocks` is the size of the grid.
 void launch_forward_plain(const Forward& args, int blocks, cudaStream_t stream, bool overlap);
 void launch_forward_keyed(const Forward& args, int blocks, cudaStream_t stream, bool overlap);

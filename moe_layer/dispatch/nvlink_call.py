@@ -32,7 +32,8 @@ class FusedCall:
     Attributes:
         fp8: rows travel outwards as e4m3 (`dispatch_format: fp8_1x128`). dense: all of them do (`dispatch.push`).
         tokens_RT, position_TR, counts_R, places_TK, counts_E: see `ep_plan`. x_TD: what was sent, until it is received.
-        base_R1, recv_R: compact rows of each source. the next six: see `Arranged`.
+        weights_TK: fp32, kept with it. base_R1, recv_R: compact rows of each source. the next six: see `Arranged` and
+            `Expanded`.
         trips: under way between a send and its recv. d_y_TD; d_rows and d_probs: what the trips of backward carry.
     """
 
@@ -49,6 +50,7 @@ class FusedCall:
     dense: bool
     x_TD: Tensor | None = None
     token_C: Tensor | None = None
+    weights_TK: Tensor | None = None
     base_R1: Tensor | None = None
     recv_R: Tensor | None = None
     row_CK: Tensor | None = None
@@ -94,7 +96,8 @@ class FusedCall:
         """Rows of a push, into the experts' places (or compact)."""
         assert self.base_R1 is not None and self.recv_R is not None
         config = self.dispatcher.config
-        compact, pads = config.rows == "compact", config.alignment > 1
+        compact = config.rows == "compact"
+        pads = config.alignment > 1 and not compact
         self.window.take(
             self.trips.pop(phase),
             own_rows,
@@ -170,7 +173,7 @@ class DispatchSend(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, call: FusedCall) -> Tensor:
         ctx.call, ctx.weights_dtype = call, weights_TK.dtype
         call.x_TD = aligned(x_TD) if call.x_TD is None else call.x_TD
-        weights_TK = weights_TK.float().contiguous()
+        call.weights_TK = weights_TK = weights_TK.float().contiguous()
         words = {"meta0": call.plan.ids_TK, "places": call.places_TK, "meta1": weights_TK}
         call.push("dispatch", call.x_TD, **words, counts_E=call.counts_E)
         return x_TD.new_empty(0)
@@ -196,36 +199,50 @@ class DispatchRecv(torch.autograd.Function):
         else:
             num_rows = padded_rows(room * min(K, d.num_local), num_local=d.num_local, alignment=config.alignment)
         compact = config.rows == "compact"
+        trip = call.trips.pop("dispatch")
         arranged = ep.ep_arrange(
             w.peers,
             w.state,
-            call.trips["dispatch"].words,
-            num_compact=room,
+            trip.words,
             num_rows=num_rows,
             slots=K,
-            first_expert=d.first_expert,
             num_local=d.num_local,
             alignment=config.alignment,
-            compact=compact,
         )
         if config.capacity == "dropless":
             known = torch.cat((w.state[: ep.STATE_HEAD], arranged.offsets_L1[-1:], arranged.base_R1[-1:])).tolist()
             w.check(d.link, known)
             num_rows, room = known[-2:]
+        assert call.x_TD is not None and call.weights_TK is not None
+        own_TK, x_TD = (call.plan.ids_TK, call.places_TK, call.weights_TK), call.x_TD
+        call.x_TD = call.weights_TK = None
+        rows = x_TD.new_empty(room if compact else num_rows, x_TD.shape[1])
+        got = ep.ep_expand(
+            w.peers,
+            w.state,
+            x_TD,
+            call.tokens_RT,
+            own_TK,
+            arranged,
+            trip.words,
+            first_expert=d.first_expert,
+            num_compact=room,
+            num_rows=num_rows,
+            compact=compact,
+            out=rows,
+            fp8=call.fp8,
+            dense=call.dense,
+        )
+        w.received(trip)
+        call.report()
         call.recv_R, call.base_R1 = arranged.counts_R, arranged.base_R1
         call.offsets_L1, call.counts_L = arranged.offsets_L1, arranged.counts_L
-        call.ids_CK, call.row_CK = arranged.ids_CK[:room], arranged.row_CK[:room]
-        call.slot_N, call.index_N = arranged.slot_N[:num_rows], arranged.index_N[:num_rows]
-        rank_C, token_C, probs_N = arranged.rank_C[:room], arranged.token_C[:room], arranged.probs_N[:num_rows]
-        call.token_C = token_C
-        assert call.x_TD is not None
-        x_TD, call.x_TD = call.x_TD, None
-        rows = x_TD.new_empty(room if compact else num_rows, x_TD.shape[1])
-        call.take("dispatch", x_TD, rows)
+        call.ids_CK, call.row_CK, call.slot_N, call.index_N = got.ids_CK, got.row_CK, got.slot_N, got.index_N
+        call.token_C = got.token_C
         ctx.call = call
-        ctx.mark_non_differentiable(rank_C, token_C)
+        ctx.mark_non_differentiable(got.rank_C, got.token_C)
         ctx.save_for_backward(token.new_empty(0))
-        return rows, probs_N, rank_C, token_C
+        return rows, got.probs_N, got.rank_C, got.token_C
 
     @staticmethod
     def backward(ctx: Any, d_rows: Tensor, d_probs_N: Tensor, *_: Any) -> tuple[Tensor, None]:

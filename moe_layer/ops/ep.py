@@ -1,4 +1,4 @@
-"""The expert-parallel trips over memory that every rank can reach: ten ops, each with a CPU body.
+"""The expert-parallel trips over memory that every rank can reach: eleven ops, each with a CPU body.
 
 The bodies are the protocol's readable model: they work on raw addresses (`peers`), so threads of one process or
 processes that share memory can play the ranks, and csrc/ep_*.cu are their twins over NVLink. What lies where, and the
@@ -7,7 +7,7 @@ words of a `trip`, are described in moe_layer/dispatch/window.py.
 A trip moves rows from every rank to every rank through one *slot* of the windows:
 
     sender   waits for the slot's credit (the receiver has read the previous trip's rows), then writes into the
-             receiver's window: a header, a few words per row (`meta`), the rows; after each chunk a flag.
+             receiver's window: counts and a header, the rows with a few words each (`meta`); after each chunk a flag.
     receiver waits for the header and compares it with its own; reads rows as their flags come; gives the credit back.
 
 In a *dense* push the rows go first, all of them, token t as row t (`ep_open`, `ep_push_rows`); the words that say which
@@ -19,11 +19,12 @@ report stays), later ops do nothing, and outputs are filled with 0xFF bytes, a N
 
 Shape letters: T tokens, K slots, R ranks, S the longest list of rows, C compact rows, N expert-major rows, D hidden.
 
-The model of a trip is ep_model.py, the ops are in ep_send.py, ep_dense.py, ep_arrange.py and ep_receive.py.
+The model of a trip is ep_model.py; the ops are in ep_send, ep_dense, ep_arrange, ep_expand and ep_receive.
 """
 
 from moe_layer.ops.ep_arrange import Arranged, ep_arrange, ep_await
 from moe_layer.ops.ep_dense import ep_open, ep_push_rows
+from moe_layer.ops.ep_expand import Expanded, ep_expand
 from moe_layer.ops.ep_model import (
     BAD_COUNT,
     COMPARED,
@@ -53,8 +54,10 @@ __all__ = [
     "TIMEOUT",
     "TRIP_WORDS",
     "Arranged",
+    "Expanded",
     "ep_arrange",
     "ep_await",
+    "ep_expand",
     "ep_home",
     "ep_open",
     "ep_plan",

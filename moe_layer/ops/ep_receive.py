@@ -78,20 +78,15 @@ def _ep_take(
             pads = (slot[: out.shape[0]] < 0) & (torch.arange(out.shape[0]) < offsets[-1])
             out[pads] = 0
         for source, count in enumerate(counts.tolist()):
-            if source == t.me:
-                own = rows.index_select(0, tokens[t.me, :count])
-                arrived = encoded_rows(own, t.width) if fp8 else as_bytes(own)
-            else:
-                mine = None if token is None else token[begin[source] : begin[source] + count]
-                arrived = t.await_rows(source, count, mine)
-            arrived = as_bytes(decoded_rows(arrived, rows.shape[1])) if fp8 else arrived
+            mine = None if token is None else token[begin[source] : begin[source] + count]
+            arrived = arrived_rows(t, rows, tokens, source=source, count=count, fp8=fp8, places=mine)
             first = begin[source]
             if row_index is None:
-                _store(out, arrived, torch.arange(first, first + count), torch.arange(count))
+                store_rows(out, arrived, torch.arange(first, first + count), torch.arange(count))
             else:
                 index = row_index[first : first + count]
                 place = (index >= 0).nonzero()
-                _store(out, arrived, index[place[:, 0], place[:, 1]].long(), place[:, 0])
+                store_rows(out, arrived, index[place[:, 0], place[:, 1]].long(), place[:, 0])
         t.check_peers()
     except Failed:
         poison(out)
@@ -99,7 +94,19 @@ def _ep_take(
     t.finish_receiving()
 
 
-def _store(out: Tensor, arrived: Tensor, target: Tensor, source: Tensor) -> None:
+def arrived_rows(
+    t: Trip, rows: Tensor, tokens: Tensor, *, source: int, count: int, fp8: bool, places: Tensor | None = None
+) -> Tensor:
+    """The rows of a source as bytes (of a dense push those at `places`); the own ones take the same roundings."""
+    if source == t.me:
+        own = rows.index_select(0, tokens[t.me, :count])
+        arrived = encoded_rows(own, t.width) if fp8 else as_bytes(own)
+    else:
+        arrived = t.await_rows(source, count, places)
+    return as_bytes(decoded_rows(arrived, rows.shape[1])) if fp8 else arrived
+
+
+def store_rows(out: Tensor, arrived: Tensor, target: Tensor, source: Tensor) -> None:
     if out.numel():
         out.view(torch.uint8).view(out.shape[0], -1).index_copy_(0, target, arrived.index_select(0, source))
 

@@ -61,14 +61,14 @@ def ep_push(
     fp8: bool = False,
     dense: bool = False,
 ) -> None:
-    """Send `rows[tokens_RS[r, i]]` to rank r as its row i, i < counts_R[r]; words of meta0 and meta1 go before them.
+    """Send `rows[tokens_RS[r, i]]` to rank r as its row i, i < counts_R[r]; words of meta0 and meta1 go with them.
 
     Args:
         peers: int64 `[R]`, addresses of the windows. state: int32. trip: int64 on the CPU, see TRIP_WORDS.
         rows: `[T, width bytes]` contiguous, any dtype; with `fp8` bf16, encoded on the way (ops/fp8_rows.py).
-        tokens_RS, counts_R: int32. A row of this rank itself is not copied; its header and meta words are.
+        tokens_RS, counts_R: int32. Rows of this rank itself are not copied; its header and counts are.
         meta0, places, meta1: int32 or fp32 `[T, M]`: a row's words are its token index, then these, in this order.
-        counts_E: int32, with the words: each rank gets those of its own experts.
+        counts_E: int32, with the words: each rank gets those of its own experts, before any row.
         blocks: thread blocks, which is the number of multiprocessors that the send occupies at most; 0: as many as
             serve the link.
         dense: headers and words alone, of a trip that `ep_open` began: `ep_push_rows` sends the rows.
@@ -104,7 +104,7 @@ def _ep_push(
     for peer in range(t.ranks):
         index = tokens[peer, : count_R[peer]]
         extra = [m.view(torch.int32).index_select(0, index) for m in (meta0, places, meta1) if m is not None]
-        if extra:
+        if extra and peer != t.me:
             words = torch.cat([index.unsqueeze(1), *extra], dim=1)
             t.meta(peer, t.me, count_R[peer], words.shape[1]).copy_(words)
         if counts_E is not None:

@@ -125,14 +125,14 @@ def half_a_send(how: int, phase: str) -> tuple[str, float, list[bool], str]:
     def noted(op: Any) -> Any:
         def call(*args: Any, **options: Any) -> Any:
             result = op(*args, **options)
-            outputs.append(options["out"] if result is None else result[0])
+            outputs.append(options["out"] if "out" in options else result[0])
             return result
 
         return call
 
     ep_model.Trip.send_rows = one_chunk  # type: ignore[method-assign]
-    take, home = ep.ep_take, ep.ep_home
-    ep.ep_take, ep.ep_home = noted(take), noted(home)
+    expand, home = ep.ep_expand, ep.ep_home
+    ep.ep_expand, ep.ep_home = noted(expand), noted(home)
     routing = Routing.from_ids(case.ids_TK[mine], case.w_TK[mine], num_experts=8)
     began, errors = time.monotonic(), []
     try:
@@ -143,7 +143,7 @@ def half_a_send(how: int, phase: str) -> tuple[str, float, list[bool], str]:
             except DispatchTimeout as error:
                 errors.append((str(error), time.monotonic() - began))
     finally:
-        ep_model.Trip.send_rows, ep.ep_take, ep.ep_home = send_rows, take, home  # type: ignore[method-assign]
+        ep_model.Trip.send_rows, ep.ep_expand, ep.ep_home = send_rows, expand, home  # type: ignore[method-assign]
     return *errors[0], [bool(out.isnan().all()) for out in outputs], errors[1][0]
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
-from moe_layer.dispatch.window import Window, WindowSize
+from moe_layer.dispatch.window import Trip, Window, WindowSize
 from moe_layer.dispatch.wire import Link
 from moe_layer.errors import CapacityError, DispatchTimeout, RankMismatch
 from moe_layer.ops import ep
@@ -54,7 +55,13 @@ def test_opcheck(window: Window, one: Link) -> None:
         (*w, x, tokens, counts, ids, places, weights, counts_E, trip.words, 1, False, False),
     )
     check(torch.ops.moe_layer.ep_await.default, (*w, trip.words))
-    check(torch.ops.moe_layer.ep_arrange.default, (*w, trip.words, T, T * K, K, 0, E, 1, True))
+    check(torch.ops.moe_layer.ep_arrange.default, (*w, trip.words, T * K, K, E, 1))
+    a = ep.ep_arrange(*w, trip.words, num_rows=T * K, slots=K, num_local=E, alignment=1)
+    own = (ids, places, weights, a.base_R1, a.counts_R, a.first_RL, a.offsets_L1)
+    check(
+        torch.ops.moe_layer.ep_expand.default,
+        (*w, x, tokens, *own, trip.words, torch.zeros(T * K, D), 0, T, T * K, False, False, False),
+    )
     base = torch.tensor([0, 4], dtype=torch.int32)
     row_CK = torch.tensor([[0, 1], [2, -1], [3, 4], [5, 6]], dtype=torch.int32)
     ids_CK = ids[[0, 1, 2, 4]]
@@ -78,27 +85,54 @@ def test_opcheck(window: Window, one: Link) -> None:
     check(torch.ops.moe_layer.ep_push_rows.default, (*w, x, None, dense.words, window.addresses, 0))
 
 
-def push(window: Window, link: Link, x: Tensor, ids: Tensor, weights: Tensor):  # type: ignore[no-untyped-def]
+@dataclass
+class Sent:
+    """What one rank sends to itself, and the own words that its recv reads."""
+
+    trip: Trip
+    tokens: Tensor
+    counts: Tensor
+    x: Tensor
+    words: tuple[Tensor, Tensor, Tensor]
+
+
+def push(window: Window, link: Link, x: Tensor, ids: Tensor, weights: Tensor) -> Sent:
     tokens, _, counts, places, counts_E = ep.ep_plan(ids, num_experts=E, num_ranks=1)
     trip = window.begin(link.at("dispatch"), width=4 * D, link=link, home=False)
     extra = {"meta0": ids, "places": places, "meta1": weights, "counts_E": counts_E}
     ep.ep_push(window.peers, window.state, x, tokens, counts, trip.words, **extra, blocks=1)
-    return trip, tokens, counts
+    return Sent(trip, tokens, counts, x, (ids, places, weights))
 
 
-def arrange(window: Window, trip, *, num_rows: int = T * K, alignment: int = 1) -> ep.Arranged:  # type: ignore[no-untyped-def]
+def take(window: Window, sent: Sent, out: Tensor) -> None:
+    base_R1 = torch.tensor([0, 4], dtype=torch.int32)
+    window.take(sent.trip, sent.x, sent.tokens, base_R1, sent.counts, out=out)
+
+
+def arrange(window: Window, sent: Sent, *, num_rows: int = T * K, alignment: int = 1) -> ep.Arranged:
+    words = sent.trip.words
     return ep.ep_arrange(
+        window.peers, window.state, words, num_rows=num_rows, slots=K, num_local=E, alignment=alignment
+    )
+
+
+def expand(window: Window, sent: Sent, arranged: ep.Arranged, out: Tensor, *, compact: bool = True) -> ep.Expanded:
+    got = ep.ep_expand(
         window.peers,
         window.state,
-        trip.words,
-        num_compact=T,
-        num_rows=num_rows,
-        slots=K,
+        sent.x,
+        sent.tokens,
+        sent.words,
+        arranged,
+        sent.trip.words,
         first_expert=0,
-        num_local=E,
-        alignment=alignment,
-        compact=True,
+        num_compact=T,
+        num_rows=T * K if compact else out.shape[0],
+        compact=compact,
+        out=out,
     )
+    window.received(sent.trip)
+    return got
 
 
 def test_slots_are_reused_for_ever(window: Window, one: Link) -> None:
@@ -106,13 +140,13 @@ def test_slots_are_reused_for_ever(window: Window, one: Link) -> None:
     x, ids, weights = inputs()
     for _ in range(9):
         x = x + 1
-        trip, tokens, counts = push(window, one, x, ids, weights)
-        got = arrange(window, trip)
-        assert got.counts_R.tolist() == [4] and got.base_R1.tolist() == [0, 4]
+        sent = push(window, one, x, ids, weights)
+        arranged = arrange(window, sent)
+        assert arranged.counts_R.tolist() == [4] and arranged.base_R1.tolist() == [0, 4]
+        out = torch.full((T, D), 7.0)
+        got = expand(window, sent, arranged, out)
         assert got.token_C.tolist() == [0, 1, 2, 4, -1]
         assert torch.equal(got.ids_CK[:4], ids[[0, 1, 2, 4]])
-        out = torch.full((T, D), 7.0)
-        window.take(trip, x, tokens, got.base_R1, counts, out=out)
         assert torch.equal(out[:4], x[[0, 1, 2, 4]]) and (out[4] == 7).all()
     assert window.state[ep.STATE_HEAD : ep.STATE_HEAD + 2].tolist() == [9, 9]
 
@@ -122,14 +156,20 @@ def test_rows_are_those_of_sort_slots(window: Window, one: Link, alignment: int)
     """Places and counts that travelled give the order that sorting the slots gives."""
     x, ids, weights = inputs()
     ids[1, 1] = 2  # an expert twice
-    trip, *_ = push(window, one, x, ids, weights)
+    sent = push(window, one, x, ids, weights)
     N = T * K + 3 * E
-    got = arrange(window, trip, num_rows=N, alignment=alignment)
+    arranged, out = arrange(window, sent, num_rows=N, alignment=alignment), torch.full((N, D), 7.0)
+    got = expand(window, sent, arranged, out, compact=False)
     compact = torch.cat((ids[[0, 1, 2, 4]], torch.full((1, K), -1, dtype=torch.int32)))
     want = sort_slots(compact, first_expert=0, num_local=E, alignment=alignment, num_rows=N)
-    for name in ("row_CK", "slot_N", "offsets_L1", "counts_L", "index_N"):
+    for name in ("row_CK", "slot_N"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
+    assert torch.equal(arranged.offsets_L1, want.offsets_L1) and torch.equal(arranged.counts_L, want.counts_L)
     live = got.slot_N >= 0
+    token_N = got.token_C[got.slot_N[live].long() // K].long()
+    assert torch.equal(out[live], x[token_N])
+    end = int(want.offsets_L1[-1])
+    assert (out[:end][~live[:end]] == 0).all() and (out[end:] == 7).all()
     assert torch.equal(got.probs_N[live], weights[[0, 1, 2, 4]].flatten()[got.slot_N[live].long()])
     assert (got.probs_N[~live] == 0).all()
     window.check(one)
@@ -138,11 +178,13 @@ def test_rows_are_those_of_sort_slots(window: Window, one: Link, alignment: int)
 @pytest.mark.parametrize("damage", [-1, 10**6])
 def test_a_count_of_slots_that_cannot_be_is_refused(window: Window, one: Link, damage: int) -> None:
     x, ids, weights = inputs()
-    trip, *_ = push(window, one, x, ids, weights)
+    sent = push(window, one, x, ids, weights)
     where = window.size.offsets(0)
     window.memory[where["meta"] :][: where["meta_block"]].view(torch.int32)[-2] = damage
-    got = arrange(window, trip)
-    assert got.offsets_L1.tolist() == [0] * (E + 1) and (got.row_CK == -1).all()
+    arranged, out = arrange(window, sent), torch.zeros(T, D)
+    assert arranged.offsets_L1.tolist() == [0] * (E + 1)
+    got = expand(window, sent, arranged, out)
+    assert (got.row_CK == -1).all() and (got.index_N == 0).all() and out.isnan().all()
     with pytest.raises(RankMismatch, match=rf"announced {damage} rows"):
         window.check(one)
 
@@ -155,9 +197,9 @@ def test_epochs_wrap(window: Window, one: Link) -> None:
     window.state[ep.STATE_HEAD : ep.STATE_HEAD + 2] = near_end
     x, ids, weights = inputs()
     for _ in range(3):
-        trip, tokens, counts = push(window, one, x, ids, weights)
+        sent = push(window, one, x, ids, weights)
         out = torch.zeros(T, D)
-        window.take(trip, x, tokens, torch.tensor([0, 4], dtype=torch.int32), counts, out=out)
+        take(window, sent, out)
         window.check(one)
         assert torch.equal(out[:4], x[[0, 1, 2, 4]])
     assert int(window.state[ep.STATE_HEAD]) == torch.iinfo(torch.int32).min + 2
@@ -176,8 +218,7 @@ def test_ring_is_bounded_and_dropped_handles_come_back(window: Window, one: Link
 
 def test_a_send_waits_for_the_credit(window: Window, one: Link) -> None:
     x, ids, weights = inputs()
-    trip, *_ = push(window, one, x, ids, weights)
-    trip.taken()  # the host believes it, the device knows better
+    push(window, one, x, ids, weights).trip.taken()  # the host believes it, the device knows better
     push(window, one, x, ids, weights)
     with pytest.raises(DispatchTimeout, match="rank 0 reached epoch 0 of 1"):
         window.check(one)
@@ -214,10 +255,10 @@ def test_nothing_arrives(window: Window, one: Link, part: str) -> None:
 @pytest.mark.parametrize("word,name", [(1, "layer"), (2, "phase"), (3, "step"), (0, "width")])
 def test_another_header_is_a_mismatch(window: Window, one: Link, word: int, name: str) -> None:
     x, ids, weights = inputs()
-    trip, tokens, counts = push(window, one, x, ids, weights)
+    sent = push(window, one, x, ids, weights)
     window.memory[window.size.offsets(0)["header"] :][:64].view(torch.int32)[word] += 1
     out = torch.zeros(T, D)
-    window.take(trip, x, tokens, torch.tensor([0, 4], dtype=torch.int32), counts, out=out)
+    take(window, sent, out)
     assert out.isnan().all()
     with pytest.raises(RankMismatch, match=rf"rank 0 is elsewhere at layer 3.*: its {name} is "):
         window.check(one)
@@ -225,7 +266,7 @@ def test_another_header_is_a_mismatch(window: Window, one: Link, word: int, name
 
 def test_a_count_that_cannot_be_is_refused(window: Window, one: Link) -> None:
     x, ids, weights = inputs()
-    trip, *_ = push(window, one, x, ids, weights)
+    trip = push(window, one, x, ids, weights).trip
     window.memory[window.size.offsets(0)["header"] :][:64].view(torch.int32)[6] = 10**6
     counts, _ = ep.ep_await(window.peers, window.state, trip.words)
     assert counts.tolist() == [0]
