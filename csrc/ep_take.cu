@@ -8,154 +8,12 @@
 // chunks, so that no block is left with one chunk more than others: the copy is as long as its longest block.
 
 #include "ep_copy.cuh"
+#include "ep_place.cuh"
 
 namespace moe_layer {
 namespace {
 
 constexpr int kThreads = 256, kBlocksPerSm = 3, kDecodeBlocksPerSm = 2;
-
-// What ep_expand reads of the own rows and of all counts, and what it writes beside the rows.
-struct ExpandArgs {
-  const int32_t* ids_TK;
-  const int32_t* places_TK;
-  const float* weights_TK;
-  const int32_t* first_RL;  // [ranks + 1, num_local]
-  int32_t* token_C;
-  int32_t* rank_C;
-  int32_t* ids_CK;
-  int32_t* row_CK;
-  int32_t* slot_N;
-  float* probs_N;
-  int32_t* index_N;  // null: rows do not stay compact
-  int32_t first_expert, num_rows;
-  bool dense;  // words are there before the headers, and a source's row lies where its token says
-
-  __device__ void clear(int64_t n) const {
-    slot_N[n] = -1;
-    probs_N[n] = 0.0f;
-    if (index_N != nullptr) index_N[n] = 0;
-  }
-};
-
-struct TakeArgs {
-  EpTrip trip;
-  const void* rows;
-  const int32_t* tokens_S;  // this rank's own list
-  const int32_t* base_R1;
-  const int32_t* counts_R;
-  const int32_t* token_C;  // of ep_take of a dense push: null, a source's row i is its i-th; else its token's
-  const int32_t* row_CK;
-  const int32_t* slot_N;  // of ep_take
-  const int32_t* offsets_L1;
-  void* out;
-  int64_t out_rows;
-  int64_t row_bytes;  // of `rows` and `out`
-  int32_t num_rows, slots, num_compact, num_local, num_tokens;
-  ExpandArgs expand;
-};
-
-// The rows that compact row c goes to: lane k's, -1 where there is none. The whole warp calls it.
-__device__ __forceinline__ int32_t read_targets(const TakeArgs& args, int64_t c) {
-  const int lane = threadIdx.x % kWarp;
-  int32_t row = -1;
-  if (args.row_CK == nullptr) {
-    if (lane == 0) row = static_cast<int32_t>(c);
-  } else if (lane < args.slots && c < args.num_compact) {
-    row = args.row_CK[c * args.slots + lane];
-  }
-  return row < args.out_rows ? row : -1;
-}
-
-// The same for row i of a source, from its words; the tables get what later calls read. Slots are lanes.
-__device__ __forceinline__ int32_t
-place_row(const TakeArgs& args, int source, int64_t i, int64_t c, int32_t own_token) {
-  const ExpandArgs& to = args.expand;
-  const EpTrip& trip = args.trip;
-  const int lane = threadIdx.x % kWarp, K = args.slots, L = args.num_local;
-  const int32_t* words = trip.words(trip.me, source) + i * (1 + 3 * K);
-  int token = own_token, id = -1, place = -1, row = -1;
-  float weight = 0.0f;
-  if (source != trip.me) token = __ldcg(words);
-  if (lane < K && source == trip.me) {
-    const int64_t slot = static_cast<int64_t>(token) * K + lane;
-    id = to.ids_TK[slot], place = to.places_TK[slot], weight = to.weights_TK[slot];
-  } else if (lane < K) {
-    id = __ldcg(words + 1 + lane), place = __ldcg(words + 1 + K + lane);
-    weight = __int_as_float(__ldcg(words + 1 + 2 * K + lane));
-  }
-  const unsigned e = static_cast<unsigned>(id - to.first_expert);
-  const bool local = lane < K && e < static_cast<unsigned>(L);
-  if (local) {
-    const int first = to.first_RL[source * L + e], end = to.first_RL[(source + 1) * L + e];
-    if (place >= 0 && place < end - first && first + place < to.num_rows) row = first + place;
-  }
-  if (lane < K) {
-    to.ids_CK[c * K + lane] = local ? id : -1;
-    to.row_CK[c * K + lane] = row;
-  }
-  if (row >= 0) {
-    to.slot_N[row] = static_cast<int32_t>(c * K + lane);
-    to.probs_N[row] = weight;
-    if (to.index_N != nullptr) to.index_N[row] = static_cast<int32_t>(c);
-  }
-  if (lane == 0) to.token_C[c] = token, to.rank_C[c] = source;
-  if (to.index_N == nullptr) return row;
-  return lane == 0 ? static_cast<int32_t>(c) : -1;
-}
-
-// A warp zeroes a row.
-template <typename Unit>
-__device__ __forceinline__ void clear_row(void* out, int64_t n, int64_t per_row) {
-  Unit* to = static_cast<Unit*>(out) + n * per_row;
-  for (int64_t column = threadIdx.x % kWarp; column < per_row; column += kWarp) to[column] = Unit{};
-}
-
-// What no row reaches: pads, the rows after the last expert's, compact rows that did not come.
-template <typename Unit>
-__device__ __forceinline__ void clear_rest(const TakeArgs& args, int64_t per_row) {
-  const ExpandArgs& to = args.expand;
-  const int L = args.num_local, lane = threadIdx.x % kWarp, K = args.slots;
-  const int64_t thread = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
-  const int64_t threads = gridDim.x * static_cast<int64_t>(kThreads);
-  for (int64_t e = thread / kWarp; e < L; e += threads / kWarp) {
-    const int end = args.offsets_L1[e + 1];
-    for (int n = to.first_RL[args.trip.ranks * L + e]; n < end; ++n) {
-      if (lane == 0) to.clear(n);
-      if (to.index_N == nullptr && n < args.out_rows) clear_row<Unit>(args.out, n, per_row);
-    }
-  }
-  for (int64_t n = args.offsets_L1[L] + thread; n < to.num_rows; n += threads) to.clear(n);
-  const int64_t arrived = args.base_R1[args.trip.ranks];
-  for (int64_t c = arrived + thread; c < args.num_compact; c += threads) to.token_C[c] = to.rank_C[c] = -1;
-  for (int64_t i = arrived * K + thread; i < static_cast<int64_t>(args.num_compact) * K; i += threads) {
-    to.ids_CK[i] = to.row_CK[i] = -1;
-  }
-}
-
-// The rows are NaN after a failure, and the tables must not lead anybody anywhere. The block that met it does it alone,
-// for all: what the others write is right.
-__device__ void give_up(const TakeArgs& args) {
-  const ExpandArgs& to = args.expand;
-  poison(args.out, args.out_rows * args.row_bytes);
-  if (to.slot_N == nullptr) return;
-  for (int64_t n = threadIdx.x; n < to.num_rows; n += kThreads) to.clear(n);
-  for (int64_t c = threadIdx.x; c < args.num_compact; c += kThreads) to.token_C[c] = to.rank_C[c] = -1;
-  for (int64_t i = threadIdx.x; i < static_cast<int64_t>(args.num_compact) * args.slots; i += kThreads) {
-    to.ids_CK[i] = to.row_CK[i] = -1;
-  }
-}
-
-// Where row i of a source lies in the window; -1: nowhere.
-template <bool kExpand>
-__device__ __forceinline__ int64_t find_row(const TakeArgs& args, int source, int64_t i, int64_t c) {
-  int64_t place = i;
-  if constexpr (kExpand) {
-    if (args.expand.dense) place = __ldcg(args.trip.words(args.trip.me, source) + i * (1 + 3 * args.slots));
-  } else if (args.token_C != nullptr) {
-    place = c < args.num_tokens ? args.token_C[c] : -1;
-  }
-  return place < args.trip.max_rows ? place : -1;
-}
 
 // A peer went on without this rank's credit, so that its copies may have overwritten what was read here (ep_dense.cu). All
 // threads of the block call it, after everything has been read.
@@ -202,9 +60,12 @@ __global__ void __launch_bounds__(kThreads, 4) ep_take_kernel(TakeArgs args) {
   for (int r = 0; r < trip.ranks; ++r) {
     if (r != trip.me) most = max(most, args.counts_R[r]);
   }
-  const int64_t items = own_count + static_cast<int64_t>(most) * (trip.ranks - 1);
-  for (int64_t q = warp * static_cast<int64_t>(gridDim.x) + blockIdx.x; q < items;
-       q += gridDim.x * static_cast<int64_t>(kThreads / kWarp)) {
+  const unsigned items = (own_count + static_cast<unsigned>(most) * (trip.ranks - 1)) * args.parts;
+  const int pieces = static_cast<int>(ceil_div<int64_t>(per_row, kWarp));
+  for (unsigned item = warp * gridDim.x + blockIdx.x; item < items; item += gridDim.x * (kThreads / kWarp)) {
+    const int q = item / args.parts, part = item % args.parts;
+    const int begin = pieces * part / args.parts * kWarp;
+    const int end = min(pieces * (part + 1) / args.parts * kWarp, static_cast<int>(per_row));
     int source = trip.me;
     int64_t i = q;
     if (q >= own_count) nth_chunk(trip, q - own_count, source, i);  // row i of each peer in turn
@@ -232,16 +93,16 @@ __global__ void __launch_bounds__(kThreads, 4) ep_take_kernel(TakeArgs args) {
     int32_t target;
     if constexpr (kExpand) {
       if (c >= args.num_compact) continue;
-      target = place_row(args, source, i, c, token);
+      target = place_row(args, source, i, c, token, part == 0);
       if (target >= args.out_rows) target = -1;
     } else {
       target = read_targets(args, c);
     }
     if constexpr (kFp8) {
-      source == trip.me ? round_row(from, target, args.out, static_cast<int>(per_row))
-                        : decode_row(from, target, args.out, static_cast<int>(per_row));
+      source == trip.me ? round_row(from, target, args.out, begin, end, per_row)
+                        : decode_row(from, target, args.out, begin, end, per_row);
     } else {
-      copy_row<Unit>(from, target, args.out, per_row);
+      copy_row<Unit>(from, target, args.out, begin, end, per_row);
     }
   }
   if (!__syncthreads_and(ok)) {
@@ -277,10 +138,19 @@ TakeArgs read_take(
 }
 
 template <bool kExpand>
-void launch_take(const TakeArgs& args, const Tensor& state, bool fp8) {
-  const int64_t wanted =
-      ceil_div<int64_t>(static_cast<int64_t>(args.trip.max_rows) * args.trip.ranks, kThreads / kWarp);
+void launch_take(TakeArgs args, const Tensor& state, bool fp8) {
+  const int64_t rows = static_cast<int64_t>(args.trip.max_rows) * args.trip.ranks;
   const int64_t most = (fp8 ? kDecodeBlocksPerSm : kBlocksPerSm) * sm_count(state.get_device_index());
+  // Small parts: what the warps have in hand when the last row arrives is what remains to be done; but a few loads of a
+  // warp in flight, unless there would be idle warps.
+  const int64_t warps = most * (kThreads / kWarp), pieces = args.row_bytes / (16 * kWarp);
+  to_int32(rows * 4, "parts of rows");
+  args.parts = 1;
+  while (args.parts < 4 &&
+         (rows * args.parts < warps || (rows * args.parts < 4 * warps && pieces >= 16 * args.parts))) {
+    args.parts *= 2;
+  }
+  const int64_t wanted = ceil_div<int64_t>(rows * args.parts, kThreads / kWarp);
   const int grid = static_cast<int>(wanted < most ? wanted : most);
   const auto run = [&](auto kernel) {
     prefer_shared_memory(kernel);
