@@ -47,6 +47,10 @@ struct EpTrip {
   __device__ int32_t* head(int peer, int source) const {
     return reinterpret_cast<int32_t*>(window(peer) + header + source * kHeaderBytes);
   }
+  // Of a dense push: the source's words are there. The last word of its header.
+  __device__ uint32_t* words_ready(int peer, int source) const {
+    return reinterpret_cast<uint32_t*>(head(peer, source)) + kHeaderBytes / 4 - 1;
+  }
   __device__ uint32_t epoch(EpCounter which) const { return static_cast<volatile int32_t*>(state)[counters + which]; }
   __device__ bool failed() const { return static_cast<volatile int32_t*>(state)[0] != 0; }
   // `field`: which of the compared words.

@@ -19,7 +19,7 @@ struct ExpandArgs {
   float* probs_N;
   int32_t* index_N;  // null: rows do not stay compact
   int32_t first_expert, num_rows;
-  bool dense;  // words are there before the headers, and a source's row lies where its token says
+  bool dense;  // words come by themselves, and a source's row lies where its token says
 
   __device__ void clear(int64_t n) const {
     slot_N[n] = -1;

@@ -1,5 +1,5 @@
 // Send rows of a list to each rank: counts and headers first, then rows with their words, in flagged chunks; or, where the
-// rows fly already (ep_dense.cu), words, then counts and headers. Twin of ep_push in moe_layer/ops/ep.py.
+// rows fly already (ep_dense.cu), counts and headers, then words. Twin of ep_push in moe_layer/ops/ep.py.
 //
 // Each block takes chunks, the peers in turn, and its warps rows as they come free; a warp copies a row with eight 16-byte
 // loads a lane in flight, or encodes it on the way. A row's words travel with it: behind a full link a launch of their own
@@ -69,12 +69,14 @@ __device__ __forceinline__ int32_t read_word(const PushArgs& args, int64_t token
   return args.meta1[token * args.words1 + w];
 }
 
-// The words of a dense push, a warp for a row: ep_open took the slot, ep_push_rows sends the rows.
+// Headers and words of a dense push, a warp for a row's: ep_open took the slot, ep_push_rows sends the rows. Behind a full
+// link the words take long to arrive: receivers begin with their own rows, for which the counts suffice.
 __global__ void __launch_bounds__(kCopyThreads) ep_words_kernel(PushArgs args) {
   const EpTrip& trip = args.trip;
   __shared__ int32_t counts[kMostRanks];
   if (trip.failed()) return;
   read_counts(args, counts);
+  if (blockIdx.x == 0) announce(args, counts, trip.epoch(kSent));
   const int words = args.words(), warps = static_cast<int>(gridDim.x) * (kCopyThreads / kWarp);
   for (int peer = 0; words > 0 && peer < trip.ranks; ++peer) {
     if (peer == trip.me) continue;
@@ -85,7 +87,9 @@ __global__ void __launch_bounds__(kCopyThreads) ep_words_kernel(PushArgs args) {
       for (int w = threadIdx.x % kWarp; w < words; w += kWarp) to[w] = read_word(args, token, w);
     }
   }
-  if (last_block(trip, kMetaTicket, gridDim.x)) announce(args, counts, trip.epoch(kSent));
+  if (words > 0 && last_block(trip, kMetaTicket, gridDim.x) && threadIdx.x < trip.ranks) {
+    store_release_sys(trip.words_ready(threadIdx.x, trip.me), trip.epoch(kSent));
+  }
 }
 
 template <typename Unit>

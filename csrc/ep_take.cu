@@ -15,6 +15,15 @@ namespace {
 
 constexpr int kThreads = 256, kBlocksPerSm = 3, kDecodeBlocksPerSm = 2;
 
+// The warp waits for the words of a source.
+__device__ __forceinline__ bool have_words(const EpTrip& trip, int source, uint32_t epoch, uint64_t until) {
+  bool ok = true;
+  if (threadIdx.x % kWarp == 0) ok = spin(trip, trip.words_ready(trip.me, source), epoch, until, source);
+  ok = __shfl_sync(0xffffffffu, ok, 0);
+  __syncwarp();
+  return ok;
+}
+
 // A peer went on without this rank's credit, so that its copies may have overwritten what was read here (ep_dense.cu). All
 // threads of the block call it, after everything has been read.
 __device__ __forceinline__ bool gave_up(const EpTrip& trip) {
@@ -78,6 +87,12 @@ __global__ void __launch_bounds__(kThreads, 4) ep_take_kernel(TakeArgs args) {
       if (token < 0 || token >= args.num_rows) continue;
       from = own + token * args.row_bytes;
     } else {
+      if constexpr (kExpand) {
+        if (args.expand.dense && !have_words(trip, source, epoch, until)) {
+          ok = false;
+          break;
+        }
+      }
       const int64_t place = find_row<kExpand>(args, source, i, c);
       if (place < 0) {
         trip.report(kBadCount, source, trip.max_rows, static_cast<int32_t>(place));

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_layer.ops._call import call_plain
 from moe_layer.ops.ep_arrange import Arranged
-from moe_layer.ops.ep_model import Failed, Trip, poison
+from moe_layer.ops.ep_model import HEADER_BYTES, Failed, Trip, poison
 from moe_layer.ops.ep_receive import arrived_rows, store_rows
 
 
@@ -99,6 +99,8 @@ def _ep_expand(
                 out[int(first_RL[-1, e]) : int(offsets[e + 1])] = 0
         for source, count in enumerate(counts.tolist()):
             words = t.meta(t.me, source, count, 1 + 3 * K)
+            if dense and source != t.me:
+                t.wait(source, "header", (source + 1) * HEADER_BYTES // 4 - 1, epoch=int(t.received) + 1)
             places = words[:, 0] if dense else None
             arrived = arrived_rows(t, rows, tokens, source=source, count=count, fp8=fp8, places=places)
             mine = slice(int(base[source]), int(base[source]) + count)

@@ -134,6 +134,10 @@ class Trip:
             header[len(COMPARED)] = counts[peer]
             self.word(peer, "ready", self.me).copy_(epoch)
 
+    def words_ready(self, peer: int, source: int) -> Tensor:
+        """Of a dense push: the epoch whose words are there. The last word of the source's header."""
+        return self.word(peer, "header", (source + 1) * HEADER_BYTES // 4 - 1)
+
     def headers(self) -> list[int]:
         """Rows from each rank, once all headers are there and agree with this rank's."""
         counts = []

@@ -102,15 +102,17 @@ def _ep_push(
         return
     epoch, count_R = t.sent + (not dense), counts.tolist()
     for peer in range(t.ranks):
+        if counts_E is not None:
+            own = counts_E.view(t.ranks, -1)[peer]
+            t.expert_counts(peer, t.me, own.numel()).copy_(own)
+    t.write_headers(count_R, epoch=epoch)
+    for peer in range(t.ranks):
         index = tokens[peer, : count_R[peer]]
         extra = [m.view(torch.int32).index_select(0, index) for m in (meta0, places, meta1) if m is not None]
         if extra and peer != t.me:
             words = torch.cat([index.unsqueeze(1), *extra], dim=1)
             t.meta(peer, t.me, count_R[peer], words.shape[1]).copy_(words)
-        if counts_E is not None:
-            own = counts_E.view(t.ranks, -1)[peer]
-            t.expert_counts(peer, t.me, own.numel()).copy_(own)
-    t.write_headers(count_R, epoch=epoch)
+            t.words_ready(peer, t.me).copy_(epoch)
     if dense:
         return
     source = encoded_rows(rows, t.width) if fp8 else as_bytes(rows)
