@@ -103,31 +103,31 @@ def backward(
     )
     add_gate_up, add_down = targets.accumulate[:2]
     if targets.down is not None:
-        reduces = add_down and targets.down.dtype == torch.float32
+        in_fp32 = add_down and targets.down.dtype == torch.float32
         plans.matmul(
             "d_down",
             d_out.rows.mT,
             a_NF.mT,
             targets.down,
-            tile=tiles.add_down if reduces else tiles.d_down,
+            tile=tiles.add_down if in_fp32 else tiles.d_down,
             depth=ends,
             index=d_out.index,
             accumulate=add_down,
-            by_load=tiles.add_by_load or not reduces,
+            by_load=tiles.add_by_load and in_fp32,
         )
     if targets.gate_up is not None:
-        reduces = add_gate_up and targets.gate_up.dtype == torch.float32
+        in_fp32 = add_gate_up and targets.gate_up.dtype == torch.float32
         plans.matmul(
             "d_gate_up",
             x.mT,
             d_h_N2F.mT,
             targets.gate_up.mT,
-            tile=tiles.add_gate_up if reduces else tiles.d_gate_up,
+            tile=tiles.add_gate_up if in_fp32 else tiles.d_gate_up,
             depth=ends,
             index=layout.index,
             concat=("out",),
             accumulate=add_gate_up,
-            by_load=tiles.add_by_load or not reduces,
+            by_load=tiles.add_by_load and in_fp32,
         )
     d_x_ND = None
     if need_x:
