@@ -1,4 +1,4 @@
-"""The nvlink dispatcher on four GPUs of one host: the cases of two, and a rank that is killed."""
+"""The nvlink dispatcher on four and on eight GPUs of one host: the cases of two, and a rank that is killed."""
 
 from __future__ import annotations
 
@@ -20,26 +20,25 @@ from tests.distributed.cases import make_case, run_case
 from tests.distributed.pool import Pool
 from tests.gpu import test_nvlink_gpu as two
 
-RANKS = 4
 KILLED = 2
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.dist,
-    pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason=f"needs {RANKS} CUDA GPUs"),
+pytestmark = [pytest.mark.gpu, pytest.mark.dist]
+SIZES = [
+    pytest.param(n, marks=pytest.mark.skipif(torch.cuda.device_count() < n, reason=f"needs {n} CUDA GPUs"))
+    for n in (4, 8)
 ]
 
 
-def _context(deadline_s: float) -> ParallelContext:
-    rank = dist.get_rank()
+def _context(name: str, deadline_s: float) -> ParallelContext:
+    rank, size = dist.get_rank(), dist.get_world_size()
     torch.cuda.set_device(rank)
-    group = compat.new_group(list(range(RANKS)), backend="nccl", timeout_s=deadline_s + 30)
-    store = compat.prefixed(compat.default_store(), "nvlink")
-    return ParallelContext(group, ep_rank=rank, ep_size=RANKS, device=f"cuda:{rank}", store=store, owned=(group,))
+    group = compat.new_group(list(range(size)), backend="nccl", timeout_s=deadline_s + 30)
+    store = compat.prefixed(compat.default_store(), name)
+    return ParallelContext(group, ep_rank=rank, ep_size=size, device=f"cuda:{rank}", store=store, owned=(group,))
 
 
-def on_four(name: str, push: str) -> Any:
+def on_node(name: str, push: str) -> Any:
     """A case of the two-GPU tests on this rank's GPU."""
-    context = _context(20.0)
+    context = _context(f"{name}-{push}", 20.0)
     device = f"cuda:{context.ep_rank}"
     try:
         if name in ("bits", "large"):
@@ -53,7 +52,7 @@ def on_four(name: str, push: str) -> Any:
 
 def killed_rank() -> tuple[str, float]:
     """One rank dies between two dispatches; what the others are told, and after how many seconds."""
-    context = _context(2.0)
+    context = _context("killed", 2.0)
     case = two._on(make_case(2, T=16, D=16, E=8, K=2), f"cuda:{context.ep_rank}")
     config = two._config(deadline_s=2.0)
     run_case(case, config, context)
@@ -67,17 +66,17 @@ def killed_rank() -> tuple[str, float]:
     return str(found.value), time.monotonic() - start
 
 
-@pytest.fixture()
-def pool() -> Iterator[Pool]:
-    pool = Pool(RANKS)
+@pytest.fixture(scope="module", params=SIZES)
+def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
+    pool = Pool(request.param)
     yield pool
     pool.close()
 
 
 @two.both_pushes
 @pytest.mark.parametrize("name", ["bits", "large", "graph", "handles", "overflow"])
-def test_four_gpus(pool: Pool, name: str, push: str) -> None:
-    for answer in pool.run(on_four, name, push, timeout_s=80.0):
+def test_node(pool: Pool, name: str, push: str) -> None:
+    for answer in pool.run(on_node, name, push, timeout_s=80.0):
         if name == "overflow":
             assert "raise dispatch.static_factor" in answer
         else:
