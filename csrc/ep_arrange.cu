@@ -41,16 +41,24 @@ __device__ int block_sum(int value, int32_t* warp_sum, int& all) {
   return value;
 }
 
-// The counts must be possible: what they sum up to decides where this rank writes.
-__device__ bool check_counts(const ArrangeArgs& args) {
+__device__ __forceinline__ int32_t read_count(const ArrangeArgs& args, int r, int e) {
+  return static_cast<int32_t>(__ldcg(
+      reinterpret_cast<const unsigned long long*>(args.trip.expert_counts(args.trip.me, r, args.num_local)) + e));
+}
+
+// Waits for the counts, which must be possible: what they sum up to decides where this rank writes.
+__device__ bool wait_counts(const ArrangeArgs& args, uint64_t until) {
   const EpTrip& trip = args.trip;
+  const uint32_t epoch = trip.epoch(kReceived) + 1;
   bool ok = true;
-  for (int i = threadIdx.x; i < trip.ranks * args.num_local; i += kThreads) {
-    const int r = i / args.num_local;
-    const int count = __ldcg(trip.expert_counts(trip.me, r, args.num_local) + i - r * args.num_local);
-    if (count >= 0 && count <= trip.max_rows * args.slots) continue;
-    trip.report(kBadCount, r, trip.max_rows, count);
-    ok = false;
+  for (int i = threadIdx.x; ok && i < trip.ranks * args.num_local; i += kThreads) {
+    const int r = i / args.num_local, e = i - r * args.num_local;
+    int32_t count;
+    ok = spin_pair(trip, trip.expert_counts(trip.me, r, args.num_local) + e, epoch, until, r, count);
+    if (ok && (count < 0 || count > trip.max_rows * args.slots)) {
+      trip.report(kBadCount, r, trip.max_rows, count);
+      ok = false;
+    }
   }
   return __syncthreads_and(ok);
 }
@@ -60,8 +68,9 @@ __global__ void __launch_bounds__(kThreads) ep_arrange_kernel(ArrangeArgs args) 
   __shared__ int32_t counts[kMostRanks], warp_sum[kThreads / kWarp];
   const int L = args.num_local;
   start_next_kernel();  // ep_expand
-  bool ok = wait_headers(trip, now_ns() + trip.deadline_ns, counts);
-  if (ok) ok = check_counts(args);
+  const uint64_t until = now_ns() + trip.deadline_ns;
+  bool ok = wait_headers(trip, until, counts);
+  if (ok) ok = wait_counts(args, until);
   if (threadIdx.x == 0) {
     int base = 0;
     for (int r = 0; r < trip.ranks; ++r) {
@@ -75,7 +84,7 @@ __global__ void __launch_bounds__(kThreads) ep_arrange_kernel(ArrangeArgs args) 
   for (int begin = 0; begin < L; begin += kThreads) {
     const int e = begin + static_cast<int>(threadIdx.x);
     int total = 0;
-    for (int r = 0; ok && e < L && r < trip.ranks; ++r) total += __ldcg(trip.expert_counts(trip.me, r, L) + e);
+    for (int r = 0; ok && e < L && r < trip.ranks; ++r) total += read_count(args, r, e);
     const int padded = round_up(total, args.alignment);
     int all;
     const int end = carried + block_sum(padded, warp_sum, all), first = end - padded;
@@ -84,7 +93,7 @@ __global__ void __launch_bounds__(kThreads) ep_arrange_kernel(ArrangeArgs args) 
     int next = first;
     for (int r = 0; r < trip.ranks; ++r) {
       args.first_RL[r * L + e] = next;
-      if (ok) next += __ldcg(trip.expert_counts(trip.me, r, L) + e);
+      if (ok) next += read_count(args, r, e);
     }
     args.first_RL[trip.ranks * L + e] = next;
     // After an overflow, which is reported, nobody may go past the rows.

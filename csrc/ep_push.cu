@@ -50,10 +50,10 @@ __device__ __forceinline__ void announce(const PushArgs& args, const int32_t* co
   const EpTrip& trip = args.trip;
   for (int e = threadIdx.x; e < args.num_local * trip.ranks; e += blockDim.x) {
     const int peer = e / args.num_local;
-    trip.expert_counts(peer, trip.me, args.num_local)[e - peer * args.num_local] = args.counts_E[e];
+    uint64_t* to = trip.expert_counts(peer, trip.me, args.num_local);
+    store_pair(to + e - peer * args.num_local, epoch, args.counts_E[e]);
   }
-  __syncthreads();
-  if (threadIdx.x < trip.ranks) write_headers(trip, epoch, threadIdx.x, counts[threadIdx.x]);
+  if (threadIdx.x < trip.ranks) write_header(trip, epoch, threadIdx.x, counts[threadIdx.x]);
 }
 
 // Word w of a row: its token, then the token's words of meta0, places and meta1.
@@ -205,7 +205,7 @@ void ep_push(
     args.num_local = to_int32(counts_E->size(0) / args.trip.ranks, "counts_E");
   }
   STD_TORCH_CHECK(
-      (sent_words * args.trip.max_rows + args.num_local) * 4 <= args.trip.meta_block, "the window has no room for ",
+      (sent_words * args.trip.max_rows + 2 * args.num_local) * 4 <= args.trip.meta_block, "the window has no room for ",
       sent_words, " words a row and ", args.num_local, " counts");
   STD_TORCH_CHECK(
       args.trip.width * args.trip.max_rows <= args.trip.data_block, "the window has no room for rows of ",

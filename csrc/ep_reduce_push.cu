@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 2) ep_reduce_push_kernel(Ep
   if (!wait_credits(trip, now_ns() + trip.deadline_ns)) return;
   const uint32_t epoch = trip.epoch(kSent) + 1;
   if (blockIdx.x == 0 && threadIdx.x < trip.ranks) {
-    write_headers(trip, epoch, threadIdx.x, args.base_R1[threadIdx.x + 1] - args.base_R1[threadIdx.x]);
+    write_header(trip, epoch, threadIdx.x, args.base_R1[threadIdx.x + 1] - args.base_R1[threadIdx.x]);
   }
   int most = 0;
   for (int r = 0; r < trip.ranks; ++r) {

@@ -19,15 +19,15 @@ EpTrip read_trip(const Tensor& peers, Tensor& state, const Tensor& words) {
   t.me = to_int32(w[0], "me");
   t.counters = kStateHead + kSlotWords * to_int32(w[1], "slot");
   STD_TORCH_CHECK(t.counters + kSlotWords <= state.size(0), "state has no counters for slot ", w[1]);
-  t.ready = w[2], t.flags = w[3], t.credit = w[4], t.header = w[5], t.meta = w[6], t.data = w[7];
-  t.meta_block = w[8], t.data_block = w[9];
-  t.max_rows = to_int32(w[10], "max_rows");
-  t.chunk_rows = to_int32(w[11], "chunk_rows");
-  t.max_chunks = to_int32(w[12], "max_chunks");
-  t.fault = w[13];
-  t.deadline_ns = w[14];
-  t.width = w[15];
-  for (int i = 0; i < kCompared; ++i) t.compared[i] = static_cast<int32_t>(w[15 + i]);
+  t.flags = w[2], t.credit = w[3], t.header = w[4], t.meta = w[5], t.data = w[6];
+  t.meta_block = w[7], t.data_block = w[8];
+  t.max_rows = to_int32(w[9], "max_rows");
+  t.chunk_rows = to_int32(w[10], "chunk_rows");
+  t.max_chunks = to_int32(w[11], "max_chunks");
+  t.fault = w[12];
+  t.deadline_ns = w[13];
+  t.width = w[14];
+  for (int i = 0; i < kCompared; ++i) t.compared[i] = static_cast<int32_t>(w[14 + i]);
   return t;
 }
 

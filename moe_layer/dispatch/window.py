@@ -4,7 +4,7 @@ Every rank owns one window of the same layout and can write into all of them. A 
 for trips outwards (dispatch, and d(sum) in combine's backward) and `depth` for trips home. A slot holds, per source
 rank: the words that say what has arrived, a header, `meta` words and rows for `max_tokens` tokens.
 
-    offset        0: words (ready, credit, flags) of all slots, zeroed once, epochs ever after; the faults of all ranks
+    offset        0: words (credit, flags) of all slots, zeroed once, epochs ever after; the faults of all ranks
     then, by slot  : headers | meta | rows
 
 Slots are taken and released in program order, which is the same on all ranks; `state` (device memory, next to the
@@ -31,7 +31,7 @@ from moe_layer.errors import CapacityError, DispatchTimeout, RankMismatch
 from moe_layer.ops import ep
 
 _ALIGN = 256
-_MAGIC = zlib.crc32(b"moe_layer window 3") & 0x7FFFFFFF
+_MAGIC = zlib.crc32(b"moe_layer window 4") & 0x7FFFFFFF
 _PIECES, _PIECE_BYTES = 8, 8 * 2**20  # of a dense push: at most so many copies, none smaller
 _ROOM = ("max_tokens", "row_bytes", "meta_words", "depth", "experts")  # the sizes of a window, in their order
 
@@ -76,11 +76,11 @@ class WindowSize:
 
     @property
     def meta_block(self) -> int:
-        return _round(4 * (self.max_tokens * self.meta_words + self.experts))
+        return _round(4 * (self.max_tokens * self.meta_words + 2 * self.experts))
 
     @property
     def word_bytes(self) -> int:
-        return _round(4 * self.ranks * (2 + max(self.max_chunks(home=home) for home in (False, True))))
+        return _round(4 * self.ranks * (1 + max(self.max_chunks(home=home) for home in (False, True))))
 
     @property
     def fault(self) -> int:
@@ -109,14 +109,13 @@ class WindowSize:
 
     def offsets(self, slot: int) -> dict[str, int]:
         """Where a slot's parts lie, under the names of `ep.TRIP_WORDS`."""
-        ready, home = slot * self.word_bytes, slot >= self.depth
+        credit, home = slot * self.word_bytes, slot >= self.depth
         header = self.first_slot + slot * self.slot_bytes
         meta = header + _round(self.ranks * ep.HEADER_BYTES)
         return {
             "slot": slot,
-            "ready": ready,
-            "credit": ready + 4 * self.ranks,
-            "flags": ready + 8 * self.ranks,
+            "credit": credit,
+            "flags": credit + 4 * self.ranks,
             "header": header,
             "meta": meta,
             "data": meta + self.ranks * self.meta_block,

@@ -14,8 +14,9 @@ In a *dense* push the rows go first, all of them, token t as row t (`ep_open`, `
 ones are needed follow (`ep_push(dense=True)`).
 
 Flags are epochs: the number of trips made through the slot, counted in `state` on the device, so that nothing is reset
-and a captured CUDA graph can be replayed. Every wait has a deadline. What goes wrong is kept in `state` (the first
-report stays), later ops do nothing, and outputs are filled with 0xFF bytes, a NaN in every floating dtype.
+and a captured CUDA graph can be replayed. Headers and counts carry the epoch in every word, and need no flag. Every
+wait has a deadline. What goes wrong is kept in `state` (the first report stays), later ops do nothing, and outputs are
+filled with 0xFF bytes, a NaN in every floating dtype.
 
 Shape letters: T tokens, K slots, R ranks, S the longest list of rows, C compact rows, N expert-major rows, D hidden.
 

@@ -77,8 +77,9 @@ def _ep_arrange(
         t.start()
         arriving = t.headers()
         for source in range(t.ranks):
-            count_RL[source] = t.expert_counts(t.me, source, num_local)
-            for count in count_RL[source].tolist():
+            counts = t.read_pairs(source, t.expert_counts(t.me, source, num_local))
+            count_RL[source] = torch.tensor(counts, dtype=torch.int32)
+            for count in counts:
                 if not 0 <= count <= t.words["max_rows"] * slots:
                     raise t.fail(BAD_COUNT, peer=source, wanted=t.words["max_rows"], seen=count)
         count_R = arriving

@@ -15,7 +15,6 @@ from moe_layer.ops.tree_reduce import tree_reduce
 TRIP_WORDS = (
     "me",  # this rank
     "slot",
-    "ready",  # byte offset: a word a source, the epoch whose header is there
     "flags",  # byte offset: max_chunks words a source, the epoch whose rows are there
     "credit",  # byte offset: a word a destination, the epoch whose rows it has read
     "header",  # byte offset: HEADER_BYTES a source
@@ -75,10 +74,21 @@ class Trip:
     def meta(self, peer: int, source: int, rows: int, words: int) -> Tensor:
         return self.ints(peer, self.words["meta"] + source * self.words["meta_block"], rows * words).view(rows, words)
 
+    def header(self, peer: int, source: int) -> Tensor:
+        """Pairs of a value and its epoch, which arrive together: COMPARED, the number of rows."""
+        pairs = self.ints(peer, self.words["header"] + HEADER_BYTES * source, HEADER_BYTES // 4).view(-1, 2)
+        return pairs[: len(COMPARED) + 1]
+
     def expert_counts(self, peer: int, source: int, num_local: int) -> Tensor:
-        """The last words of the source's block: how many slots of each of the peer's experts it sends."""
+        """The last pairs of the source's block: how many slots of each of the peer's experts it sends."""
         end = self.words["meta"] + (source + 1) * self.words["meta_block"]
-        return self.ints(peer, end - 4 * num_local, num_local)
+        return self.ints(peer, end - 8 * num_local, 2 * num_local).view(-1, 2)
+
+    def read_pairs(self, source: int, pairs: Tensor) -> list[int]:
+        """The values, once all their epochs have come."""
+        for word in pairs[:, 1]:
+            self.await_word(source, word, epoch=int(self.received) + 1)
+        return pairs[:, 0].tolist()
 
     def rows(self, peer: int, source: int, rows: int) -> Tensor:
         offset = self.words["data"] + source * self.words["data_block"]
@@ -114,7 +124,9 @@ class Trip:
 
     def wait(self, peer: int, name: str, index: int, *, epoch: int) -> None:
         """Until this rank's word, written by `peer`, has reached the epoch (or passed it: epochs wrap)."""
-        word = self.word(self.me, name, index)
+        self.await_word(peer, self.word(self.me, name, index), epoch=epoch)
+
+    def await_word(self, peer: int, word: Tensor, *, epoch: int) -> None:
         until = time.monotonic_ns() + self.words["deadline_ns"]
         while (int(word) - epoch + 2**31) % 2**32 < 2**31:
             if int(self.word(self.me, "fault", peer)):
@@ -129,10 +141,9 @@ class Trip:
 
     def write_headers(self, counts: Sequence[int], *, epoch: Tensor) -> None:
         for peer in range(self.ranks):
-            header = self.ints(peer, self.words["header"] + HEADER_BYTES * self.me, HEADER_BYTES // 4)
-            header[: len(COMPARED)] = torch.tensor([self.words[name] for name in COMPARED]).int()
-            header[len(COMPARED)] = counts[peer]
-            self.word(peer, "ready", self.me).copy_(epoch)
+            header = self.header(peer, self.me)
+            header[:, 0] = torch.tensor([*(self.words[name] for name in COMPARED), counts[peer]]).int()
+            header[:, 1] = epoch
 
     def words_ready(self, peer: int, source: int) -> Tensor:
         """Of a dense push: the epoch whose words are there. The last word of the source's header."""
@@ -142,8 +153,7 @@ class Trip:
         """Rows from each rank, once all headers are there and agree with this rank's."""
         counts = []
         for peer in range(self.ranks):
-            self.wait(peer, "ready", peer, epoch=int(self.received) + 1)
-            header = self.ints(self.me, self.words["header"] + HEADER_BYTES * peer, HEADER_BYTES // 4).tolist()
+            header = self.read_pairs(peer, self.header(self.me, peer))
             for field, name in enumerate(COMPARED):
                 if header[field] != self.words[name]:
                     raise self.fail(MISMATCH, peer=peer, wanted=self.words[name], seen=header[field], field=field)

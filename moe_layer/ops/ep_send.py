@@ -104,7 +104,8 @@ def _ep_push(
     for peer in range(t.ranks):
         if counts_E is not None:
             own = counts_E.view(t.ranks, -1)[peer]
-            t.expert_counts(peer, t.me, own.numel()).copy_(own)
+            pairs = t.expert_counts(peer, t.me, own.numel())
+            pairs[:, 0], pairs[:, 1] = own, epoch
     t.write_headers(count_R, epoch=epoch)
     for peer in range(t.ranks):
         index = tokens[peer, : count_R[peer]]

@@ -180,7 +180,7 @@ def test_a_count_of_slots_that_cannot_be_is_refused(window: Window, one: Link, d
     x, ids, weights = inputs()
     sent = push(window, one, x, ids, weights)
     where = window.size.offsets(0)
-    window.memory[where["meta"] :][: where["meta_block"]].view(torch.int32)[-2] = damage
+    window.memory[where["meta"] :][: where["meta_block"]].view(torch.int32)[-4] = damage
     arranged, out = arrange(window, sent), torch.zeros(T, D)
     assert arranged.offsets_L1.tolist() == [0] * (E + 1)
     got = expand(window, sent, arranged, out)
@@ -191,9 +191,9 @@ def test_a_count_of_slots_that_cannot_be_is_refused(window: Window, one: Link, d
 
 def test_epochs_wrap(window: Window, one: Link) -> None:
     near_end = torch.iinfo(torch.int32).max
-    for offset in ("ready", "credit"):
-        where = window.size.offsets(0)[offset]
-        window.memory[where : where + 4].view(torch.int32).fill_(near_end)
+    where = window.size.offsets(0)
+    window.memory[where["credit"] :][:4].view(torch.int32).fill_(near_end)
+    window.memory[where["header"] :][: ep.HEADER_BYTES].view(torch.int32)[1::2] = near_end
     window.state[ep.STATE_HEAD : ep.STATE_HEAD + 2] = near_end
     x, ids, weights = inputs()
     for _ in range(3):
@@ -224,7 +224,7 @@ def test_a_send_waits_for_the_credit(window: Window, one: Link) -> None:
         window.check(one)
 
 
-@pytest.mark.parametrize("part", ["ready", "flags"])
+@pytest.mark.parametrize("part", ["header", "flags"])
 def test_nothing_arrives(window: Window, one: Link, part: str) -> None:
     """Another rank's word stays behind: the output is NaN, the error typed and sticky."""
     x, ids, _weights = inputs()
@@ -239,7 +239,6 @@ def test_nothing_arrives(window: Window, one: Link, part: str) -> None:
     if part == "flags":  # the header of rank 1 is there, its rows are not
         header = pair.memory[where["header"] :][:128].view(torch.int32)
         header[16:32] = header[0:16]
-        pair.memory[where["ready"] :][:8].view(torch.int32)[1] = 1
     out = torch.zeros(2 * T, D)
     base = torch.tensor([0, T, 2 * T], dtype=torch.int32)
     pair.take(trip, x, tokens, base, torch.tensor([int(counts[0]), 3], dtype=torch.int32), out=out)
@@ -256,7 +255,7 @@ def test_nothing_arrives(window: Window, one: Link, part: str) -> None:
 def test_another_header_is_a_mismatch(window: Window, one: Link, word: int, name: str) -> None:
     x, ids, weights = inputs()
     sent = push(window, one, x, ids, weights)
-    window.memory[window.size.offsets(0)["header"] :][:64].view(torch.int32)[word] += 1
+    window.memory[window.size.offsets(0)["header"] :][:64].view(torch.int32)[2 * word] += 1
     out = torch.zeros(T, D)
     take(window, sent, out)
     assert out.isnan().all()
@@ -267,7 +266,7 @@ def test_another_header_is_a_mismatch(window: Window, one: Link, word: int, name
 def test_a_count_that_cannot_be_is_refused(window: Window, one: Link) -> None:
     x, ids, weights = inputs()
     trip = push(window, one, x, ids, weights).trip
-    window.memory[window.size.offsets(0)["header"] :][:64].view(torch.int32)[6] = 10**6
+    window.memory[window.size.offsets(0)["header"] :][:64].view(torch.int32)[2 * 6] = 10**6
     counts, _ = ep.ep_await(window.peers, window.state, trip.words)
     assert counts.tolist() == [0]
     with pytest.raises(RankMismatch, match="1000000 rows"):
@@ -282,7 +281,6 @@ def test_sizes_add_up() -> None:
             at = size.offsets(slot)
             R = size.ranks
             spans += [
-                (at["ready"], 4 * R),
                 (at["credit"], 4 * R),
                 (at["flags"], 4 * R * at["max_chunks"]),
                 (at["header"], ep.HEADER_BYTES * R),
