@@ -102,13 +102,18 @@ constexpr int kMostWarps = 16, kMostParts = 8;
 
 // What a warp reads of several rows, in flight through shared memory. A *unit* is 32 x 16 bytes of a row; units come
 // piece after piece, the rows of a piece in the order of the lanes that hold their addresses. A warp has a ring of kRing
-// units, all but one on their way at any time: 16 warps a multiprocessor are 80 KiB, where 2 us of latency under load at
-// 3 TB/s over 132 multiprocessors need 46. A lane reads only what it copied itself.
-constexpr int kRing = 11;
+// units, all but one on their way at any time: 16 warps with 11 units are 80 KiB a multiprocessor, where 2 us of latency
+// under load at 3 TB/s over 132 multiprocessors need 46. A lane reads only what it copied itself.
 constexpr int kUnit = kWarp * 16;
-constexpr int kRingBytes = kRing * kUnit;
 
+// Shared memory of a warp: the ring of the sending half; at home a ring, and room for the sums of the own rows.
+constexpr int kPushRing = 11, kHomeRing = 9, kHeldBytes = 7 * kUnit;
+constexpr int kPushBytes = kPushRing * kUnit, kHomeBytes = kHomeRing * kUnit + kHeldBytes;
+
+template <int kRing>
 class RowStream {
+  static constexpr int kRingBytes = kRing * kUnit;
+
  public:
   // The whole warp calls it. Lane i < count passes the start of row i; every row has `bytes` bytes, whole units of 16.
   // The pieces [begin, end) will be read, each of its `count` rows by one `next`.
@@ -169,8 +174,8 @@ struct BlockEnds {
 
 // The unrounded sum, in the order of the tree, of the next units of the stream: one of each row of the list. A result of
 // the tree is never -0, so that an absent block may be added as +0.
-template <typename T, int V, int kBlocks>
-__device__ __forceinline__ void sum_rows(RowStream& stream, const BlockEnds<kBlocks>& blocks, float (&sum)[V]) {
+template <typename T, int V, int kRing, int kBlocks>
+__device__ __forceinline__ void sum_rows(RowStream<kRing>& stream, const BlockEnds<kBlocks>& blocks, float (&sum)[V]) {
   constexpr int kLevels = kBlocks == 8 ? 3 : 2;
   static_assert(kBlocks == 1 << kLevels && sizeof(Pack<T, V>) == 16);
   float pending[kLevels][V];
@@ -180,7 +185,7 @@ __device__ __forceinline__ void sum_rows(RowStream& stream, const BlockEnds<kBlo
 #pragma unroll
     for (int j = 0; j < V; ++j) sum[j] = 0.0f;
     for (; i < blocks.end[b]; ++i) {
-      const auto row = stream.next<Pack<T, V>>();
+      const auto row = stream.template next<Pack<T, V>>();
 #pragma unroll
       for (int j = 0; j < V; ++j) sum[j] = __fadd_rn(sum[j], to_float(row.v[j]));
     }
@@ -200,17 +205,18 @@ inline void dispatch_partial(ScalarType dtype, const PartialArgs& args, Body&& b
   });
 }
 
-// Warps of a block: the rings of both halves of the way home, which run side by side and wait for each other's peers,
-// must fit on a multiprocessor (of which each block reserves 1 KiB).
+// Warps of a block: both halves of the way home, which run side by side and wait for each other's peers, must fit on a
+// multiprocessor (of which each block reserves 1 KiB).
 inline int choose_warps(int device) {
-  int bytes = 0;
+  int bytes = 0, warps = kMostWarps;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-  return bytes >= 2 * (kMostWarps * kRingBytes + 4096) ? kMostWarps : kMostWarps / 2;
+  while (warps > 1 && bytes < warps * (kPushBytes + kHomeBytes) + 4096) warps /= 2;
+  return warps;
 }
 
 template <typename Kernel>
-inline void allow_rings(Kernel kernel, int warps) {
-  allow_shared_memory(kernel, warps * kRingBytes);
+inline void allow_rings(Kernel kernel, int bytes) {
+  allow_shared_memory(kernel, bytes);
   prefer_shared_memory(kernel);
 }
 

@@ -16,41 +16,32 @@ struct HomeArgs {
   int32_t add_dtype, out_dtype;
 };
 
-// The warp waits for the chunks of a token's rows, a lane for one peer's.
-__device__ __forceinline__ bool wait_token(
-    const EpTrip& trip, const HomeArgs& home, int64_t token, uint32_t epoch, uint64_t until) {
+// The warp waits for the chunks of a token's rows, lane r for rank r's, which is the `place`-th that it sends.
+__device__ __forceinline__ bool wait_token(const EpTrip& trip, int place, uint32_t epoch, uint64_t until) {
   bool ok = true;
   const int peer = threadIdx.x % kWarp;
-  if (peer < trip.ranks && peer != trip.me) {
-    const int place = home.position_TR[token * trip.ranks + peer];
-    if (place >= 0) ok = spin(trip, trip.flag(trip.me, peer, place / trip.chunk_rows), epoch, until, peer);
+  if (place >= 0 && peer != trip.me) {
+    ok = spin(trip, trip.flag(trip.me, peer, place / trip.chunk_rows), epoch, until, peer);
   }
   ok = __all_sync(0xffffffffu, ok);
   __syncwarp();  // what one lane acquired, all may read
   return ok;
 }
 
-// What one warp sums of a token. Rows come in the order own rows, peers' partial rows, what is added; those whose columns
-// are as wide as the own rows' pass through the stream, others are read where they lie.
-struct HomeRow {
-  SlotList own;
+// What joins a token's own sum: the peers' partial rows, what is added. Those whose columns are as wide as the own rows'
+// pass through a stream, others are read where they lie. The whole warp calls it.
+struct OtherRows {
   unsigned senders = 0;  // ranks that have a row
   bool stream_peers, stream_add;
-  const unsigned char* peer;  // lane r: the row of rank r
-  const unsigned char* row;   // lane i: the i-th row of the stream
-  int count;                  // rows of the stream
+  const unsigned char* peer;           // lane r: the row of rank r
+  const unsigned char* row = nullptr;  // lane i: the i-th row of the stream
+  int count = 0;                       // rows of the stream
 
-  __device__ __forceinline__
-  HomeRow(const EpTrip& trip, const PartialArgs& args, const HomeArgs& home, int64_t t, int element_bytes) {
+  __device__ __forceinline__ OtherRows(
+      const EpTrip& trip, const PartialArgs& args, const HomeArgs& home, int64_t t, int place, int element_bytes) {
     constexpr unsigned kAll = 0xffffffffu;
     const int lane = threadIdx.x % kWarp;
-    const int64_t row_bytes = args.hidden * static_cast<int64_t>(element_bytes);
-    const int place = lane < trip.ranks ? home.position_TR[t * trip.ranks + lane] : -1;
-    const int own_place = __shfl_sync(kAll, place, trip.me);
     senders = __ballot_sync(kAll, place >= 0);
-    if (own_place >= 0) own = list_slots(args, args.base_R1[trip.me] + own_place);
-    row = own.address(args, row_bytes);
-    count = own.count;
     peer = trip.rows(trip.me, lane < trip.ranks ? lane : 0) + (place < 0 ? 0 : place) * trip.width;
     stream_peers = wire_bytes(args.wire) == element_bytes;
     for (unsigned left = stream_peers ? senders & ~(1u << trip.me) : 0; left != 0; left &= left - 1) {
@@ -60,7 +51,7 @@ struct HomeRow {
     }
     stream_add = home.add_TD != nullptr && wire_bytes(home.add_dtype) == element_bytes;
     if (stream_add) {
-      if (lane == count) row = static_cast<const unsigned char*>(home.add_TD) + t * row_bytes;
+      if (lane == count) row = static_cast<const unsigned char*>(home.add_TD) + t * args.hidden * element_bytes;
       ++count;
     }
   }
@@ -81,26 +72,23 @@ __device__ __forceinline__ void widen(const Pack<T, V>& raw, int32_t dtype, floa
   }
 }
 
-// The ranks pairwise, as one tree of kRanks in which absent ranks are +0.
-template <typename T, int V, int kBlocks, int kRanks>
+// The ranks pairwise, as one tree of kRanks in which absent ranks are +0. `held`: the own sums, rounded as the peers'.
+template <typename T, int V, int kRanks>
 __device__ __forceinline__ void sum_token(
-    const EpTrip& trip, const PartialArgs& args, const HomeArgs& home, const HomeRow& row, RowStream& stream,
-    const BlockEnds<kBlocks>& blocks, int64_t t, int d, float (&sum)[V]) {
+    const EpTrip& trip, const PartialArgs& args, const HomeArgs& home, const OtherRows& row,
+    RowStream<kHomeRing>& stream, const void* held, int held_at, int64_t t, int d, float (&sum)[V]) {
   constexpr int kLevels = kRanks == 8 ? 3 : 1;
   static_assert(kRanks == 1 << kLevels);
   const bool inside = d < args.hidden;
-  float own[V], pending[kLevels][V];
-  sum_rows<T, V>(stream, blocks, own);
-  round_to_wire<V>(args.wire, own);
+  float pending[kLevels][V];
 #pragma unroll
   for (int r = 0; r < kRanks; ++r) {
     float value[V] = {};
     if (r == trip.me) {
-#pragma unroll
-      for (int i = 0; i < V; ++i) value[i] = own[i];
+      load_wire<V>(held, args.wire, held_at, value);
     } else if (row.senders >> r & 1) {
       if (row.stream_peers) {
-        widen(stream.next<Pack<T, V>>(), args.wire, value);
+        widen(stream.template next<Pack<T, V>>(), args.wire, value);
       } else {
         const uint64_t from = __shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(row.peer), r);
         if (inside) load_wire<V>(reinterpret_cast<const void*>(from), args.wire, d, value);
@@ -113,7 +101,7 @@ __device__ __forceinline__ void sum_token(
   if (home.add_TD == nullptr) return;
   float extra[V] = {};
   if (row.stream_add) {
-    widen(stream.next<Pack<T, V>>(), home.add_dtype, extra);
+    widen(stream.template next<Pack<T, V>>(), home.add_dtype, extra);
   } else if (inside) {
     load_wire<V>(home.add_TD, home.add_dtype, t * args.hidden + d, extra);
   }
@@ -139,38 +127,57 @@ __device__ __forceinline__ void take_home_probs(
   home.d_weights_TK[token * args.slots + k] = value;
 }
 
-// Each block takes every gridDim.x-th token, its warps parts of them as they come free.
+// Each block takes every gridDim.x-th token, its warps parts of them as they come free. The own rows are summed before
+// the peers' are waited for, so that little is left to do when those come.
 template <typename T, int kBlocks, int kRanks>
 __global__ void __launch_bounds__(kMostWarps* kWarp, 2) ep_home_kernel(EpTrip trip, PartialArgs args, HomeArgs home) {
-  extern __shared__ __align__(16) unsigned char rings[];
+  extern __shared__ __align__(128) unsigned char rings[];
   constexpr int V = 16 / sizeof(T);
   __shared__ int32_t counts[kMostRanks], next;
   const int lane = threadIdx.x % kWarp;
-  unsigned char* ring = rings + threadIdx.x / kWarp * kRingBytes;
+  unsigned char* held = rings + threadIdx.x / kWarp * kHomeBytes;
+  unsigned char* ring = held + kHeldBytes;
   const uint64_t until = now_ns() + trip.deadline_ns;
   if (threadIdx.x == 0) next = 0;
   bool ok = wait_headers(trip, until, counts);
   const uint32_t epoch = trip.epoch(kReceived) + 1;
-  const int pieces = ceil_div(args.hidden, V * kWarp);
+  const int pieces = ceil_div(args.hidden, V * kWarp), row_bytes = args.hidden * static_cast<int>(sizeof(T));
+  const int most = kHeldBytes / (kWarp * V * static_cast<int>(wire_bytes(args.wire)));
   while (ok) {
     const int item = claim(&next), part = item % args.parts;
     const int64_t t = blockIdx.x + static_cast<int64_t>(item / args.parts) * gridDim.x;
     if (t >= home.tokens) break;
     const int begin = pieces * part / args.parts, stop = pieces * (part + 1) / args.parts;
-    ok = wait_token(trip, home, t, epoch, until);
-    if (!ok) break;
-    if (begin < stop) {
-      const HomeRow row(trip, args, home, t, sizeof(T));
-      const BlockEnds<kBlocks> blocks(row.own);
-      RowStream stream(ring, row.row, row.count, args.hidden * static_cast<int>(sizeof(T)), begin, stop);
-      for (int piece = begin; piece < stop; ++piece) {
+    const int place = lane < trip.ranks ? home.position_TR[t * trip.ranks + lane] : -1;
+    const int own_place = __shfl_sync(0xffffffffu, place, trip.me);
+    SlotList own;
+    if (own_place >= 0 && begin < stop) own = list_slots(args, args.base_R1[trip.me] + own_place);
+    const BlockEnds<kBlocks> blocks(own);
+    bool waited = false;
+    for (int first = begin; first < stop; first += most) {
+      const int last = min(first + most, stop);
+      RowStream<kHomeRing> rows(ring, own.address(args, row_bytes), own.count, row_bytes, first, last);
+      for (int piece = first; piece < last; ++piece) {
+        float sum[V];
+        sum_rows<T, V>(rows, blocks, sum);
+        store_wire<V>(held, args.wire, ((piece - first) * kWarp + lane) * V, sum);
+      }
+      if (!waited) ok = waited = wait_token(trip, place, epoch, until);
+      if (!ok) break;
+      const OtherRows others(trip, args, home, t, place, sizeof(T));
+      RowStream<kHomeRing> stream(ring, others.row, others.count, row_bytes, first, last);
+      for (int piece = first; piece < last; ++piece) {
         const int d = (piece * kWarp + lane) * V;
         float sum[V];
-        sum_token<T, V, kBlocks, kRanks>(trip, args, home, row, stream, blocks, t, d, sum);
+        sum_token<T, V, kRanks>(
+            trip, args, home, others, stream, held, ((piece - first) * kWarp + lane) * V, t, d, sum);
         if (d < args.hidden) store_wire<V>(home.out_TD, home.out_dtype, t * args.hidden + d, sum);
       }
     }
-    if (home.d_weights_TK != nullptr && part == 0) take_home_probs(trip, args, home, t);
+    if (ok && home.d_weights_TK != nullptr && part == 0) {
+      if (!waited) ok = wait_token(trip, place, epoch, until);
+      if (ok) take_home_probs(trip, args, home, t);
+    }
   }
   ok = __syncthreads_and(ok);
   if (!ok) {
@@ -236,8 +243,8 @@ std::tuple<Tensor, Tensor> ep_home(
   const int grid = static_cast<int>(T < 1 ? 1 : T < most ? T : most);
   const cudaStream_t stream = current_stream(state);
   const auto run = [&](auto kernel) {
-    allow_rings(kernel, warps);
-    kernel<<<grid, warps * kWarp, warps * kRingBytes, stream>>>(trip, args, home);
+    allow_rings(kernel, warps * kHomeBytes);
+    kernel<<<grid, warps * kWarp, warps * kHomeBytes, stream>>>(trip, args, home);
   };
   dispatch_float(rows.scalar_type(), "rows", [&](auto zero) {
     if (trip.ranks == 2 && args.own_blocks <= 4) {

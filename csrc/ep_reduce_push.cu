@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 2) ep_reduce_push_kernel(Ep
   __shared__ int32_t arrived[kArrivals], next;
   constexpr int V = 16 / sizeof(T);
   const int lane = threadIdx.x % kWarp;
-  unsigned char* ring = rings + threadIdx.x / kWarp * kRingBytes;
+  unsigned char* ring = rings + threadIdx.x / kWarp * kPushBytes;
   if (threadIdx.x < kArrivals) arrived[threadIdx.x] = 0;
   if (threadIdx.x == 0) next = 0;
   if (!wait_credits(trip, now_ns() + trip.deadline_ns)) return;
@@ -86,7 +86,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 2) ep_reduce_push_kernel(Ep
     if (j < count && begin < end) {
       const SlotList list = list_slots(args, base + j);
       const BlockEnds<kBlocks> blocks(list);
-      RowStream stream(ring, list.address(args, row_bytes), list.count, static_cast<int>(row_bytes), begin, end);
+      RowStream<kPushRing> stream(
+          ring, list.address(args, row_bytes), list.count, static_cast<int>(row_bytes), begin, end);
       uint8_t* to = trip.rows(peer, trip.me) + j * trip.width;
       for (int piece = begin; piece < end; ++piece) {
         float sum[V];
@@ -119,8 +120,8 @@ void ep_reduce_push(
   const int grid = to_int32(blocks, "blocks"), warps = choose_warps(state.get_device_index());
   dispatch_partial(rows.scalar_type(), args, [&](auto zero, auto blocks_c) {
     const auto kernel = ep_reduce_push_kernel<decltype(zero), blocks_c.value>;
-    allow_rings(kernel, warps);
-    kernel<<<grid, warps * kWarp, warps * kRingBytes, stream>>>(trip, args);
+    allow_rings(kernel, warps * kPushBytes);
+    kernel<<<grid, warps * kWarp, warps * kPushBytes, stream>>>(trip, args);
   });
   MOE_LAUNCH_CHECK();
 }
