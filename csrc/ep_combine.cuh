@@ -98,7 +98,7 @@ __device__ __forceinline__ SlotList list_slots(const PartialArgs& args, int64_t 
 }
 
 // Threads of these kernels. 64 registers a thread, so that a block of each half of the way home fits on a multiprocessor.
-constexpr int kMostWarps = 16, kMostParts = 8;
+constexpr int kMostWarps = 16;
 
 // What a warp reads of several rows, in flight through shared memory. A *unit* is 32 x 16 bytes of a row; units come
 // piece after piece, the rows of a piece in the order of the lanes that hold their addresses. A warp has a ring of kRing

@@ -235,11 +235,11 @@ std::tuple<Tensor, Tensor> ep_home(
     home.add_TD = add->const_data_ptr();
     home.add_dtype = dtype_code(*add);
   }
-  // Small parts: after the last chunk has arrived, what the warps still have in hand is what remains to be done.
+  // Parts whose own sums fit in shared memory at once.
   const int64_t most = sm_count(state.get_device_index());
   const int warps = choose_warps(state.get_device_index());
-  args.parts = 1;
-  while (args.parts < kMostParts && T * args.parts < 4 * most * warps) args.parts *= 2;
+  const int64_t bytes = args.hidden * wire_bytes(args.wire), held = kHeldBytes;
+  args.parts = bytes > held ? to_int32(ceil_div(bytes, held), "parts") : 1;
   const int grid = static_cast<int>(T < 1 ? 1 : T < most ? T : most);
   const cudaStream_t stream = current_stream(state);
   const auto run = [&](auto kernel) {

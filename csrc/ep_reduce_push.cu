@@ -115,9 +115,13 @@ void ep_reduce_push(
   const DeviceGuard guard(state.get_device_index());
   const EpTrip trip = read_trip(peers, state, words);
   PartialArgs args = read_partial(trip, rows, row_index, ids, base, probs, wire, num_experts, tree_blocks, compact);
-  args.parts = trip.chunk_rows < kMostParts ? kMostParts / trip.chunk_rows : 1;
   const cudaStream_t stream = current_stream(state);
   const int grid = to_int32(blocks, "blocks"), warps = choose_warps(state.get_device_index());
+  // All warps of a block at one chunk: it is soon whole, and a warp has stored little before it is.
+  const int64_t pieces = ceil_div<int64_t>(rows.size(1) * static_cast<int64_t>(rows.element_size()), kUnit);
+  args.parts = warps / trip.chunk_rows;
+  if (args.parts > pieces) args.parts = static_cast<int32_t>(pieces);
+  if (args.parts < 1) args.parts = 1;
   dispatch_partial(rows.scalar_type(), args, [&](auto zero, auto blocks_c) {
     const auto kernel = ep_reduce_push_kernel<decltype(zero), blocks_c.value>;
     allow_rings(kernel, warps * kPushBytes);
