@@ -5,6 +5,15 @@
 
 namespace moe_layer::router {
 
+// The finished losses of a batch and the sums they are made of; formulas: moe_layer/ops/batch_losses.py.
+struct Losses {
+  const int32_t *counts, *aux_counts;  // [E]; aux_counts and a sum are null without the loss
+  const float *score_sum, *z_sum;
+  int experts, top_k;
+  float aux_coeff, z_coeff;
+  float *summary, *scaled;  // [5]; one entry a loss. Null: nobody asked
+};
+
 struct Forward {
   FloatArray logits;
   bool vector;  // 16-byte loads are possible
@@ -40,6 +49,7 @@ struct Forward {
   uint8_t* map;
   void* score_sum;
   void* z_sum;
+  Losses losses;
   unsigned long long* sums;  // [S, E] fixed point
   double* z_parts;           // [blocks]
   unsigned* ticket;
@@ -112,6 +122,7 @@ void launch_lean_plain(const Forward& args, int sms, cudaStream_t stream);
 template <bool WIDE>
 void launch_lean_keyed(const Forward& args, int sms, cudaStream_t stream);
 void launch_finish(const Forward& args, int parts, cudaStream_t stream);
+void launch_losses(const Losses& args, cudaStream_t stream);
 void launch_copy_ids(const IntArray& ids, int64_t numel, void* out, int out_kind, int sms, cudaStream_t stream);
 void launch_forward_generic(const Forward& args, int blocks, cudaStream_t stream);
 void launch_backward_rows(const Backward& args, int sms, cudaStream_t stream);
@@ -129,10 +140,44 @@ constexpr int kMaxExperts = 8192;
 inline int lanes_for(int experts) { return experts <= 64 ? 4 : experts <= 128 ? 8 : experts <= 256 ? 16 : 32; }
 inline int bucket_for(int experts) { return experts > 512 ? 1024 : lanes_for(experts) * 16; }
 
-// Blocks of the lean kernel, and rows of Forward::part: no block without a row that its lanes can share.
+constexpr int kLeanThreads =
+    512;                      // 16 warps: 24 or 32 took as much time at 128 experts and up to 40% more elsewhere (H200)
+constexpr int kSpareSms = 4;  // what the lean kernel leaves to router_finish.cu
+
+// Lanes of a row in the lean kernel: the fewer share it, the fewer steps a selection takes, and more than 32 values a lane do not fit the
+// registers. With fewer than 64 rows an SM, 4 rows of up to 256 experts a warp would leave warps idle.
+inline int lean_lanes(const Forward& p, int sms) {
+  if (p.experts == 8) return 1;
+  if (p.experts <= 64) return 4;
+  if (p.experts <= 128) return 8;
+  return p.experts <= 256 && p.tokens >= 64ll * sms ? 8 : 16;
+}
+
+struct LeanShape {
+  int rows;        // rows of a tile
+  int slot_lanes;  // W, the power of two that holds K: lanes of a row when a lane owns a slot
+  int slot_shift;  // log2(W): a division takes twenty instructions
+};
+
+inline LeanShape lean_shape(const Forward& p, int sms) {
+  LeanShape shape = {kWarp / lean_lanes(p, sms), 1, 0};
+  while (shape.slot_lanes < p.top_k) shape.slot_lanes *= 2, ++shape.slot_shift;
+  // Rows enough to keep the lanes of the weights busy, unless warps would stay without rows.
+  const int together = kWarp / shape.slot_lanes < 8 ? kWarp / shape.slot_lanes : 8;
+  const int64_t enough = static_cast<int64_t>(together) * (kLeanThreads / kWarp) * sms / 2;
+  if (together > shape.rows && p.tokens >= enough) shape.rows = together;
+  return shape;
+}
+
+// Blocks of the lean kernel, and rows of Forward::part: no block without a row that its lanes can share, and a few SMs less than there
+// are, if no warp gets more tiles for it. On those the next kernel gets ready: 1.2 us at 128 experts (H200).
 inline int lean_blocks(const Forward& p, int sms) {
-  const int64_t needed = ceil_div<int64_t>(p.tokens, 8);
-  return static_cast<int>(needed < sms ? needed : sms);
+  const int64_t needed = ceil_div<int64_t>(p.tokens, 8), tiles = ceil_div<int64_t>(p.tokens, lean_shape(p, sms).rows);
+  const auto rounds = [&](int blocks) {
+    return ceil_div<int64_t>(ceil_div<int64_t>(tiles, blocks), kLeanThreads / kWarp);
+  };
+  const int fewer = sms > 8 * kSpareSms ? sms - kSpareSms : sms, most = rounds(fewer) == rounds(sms) ? fewer : sms;
+  return static_cast<int>(needed < most ? needed : most);
 }
 
 }  // namespace moe_layer::router

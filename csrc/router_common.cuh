@@ -227,9 +227,8 @@ __device__ __forceinline__ float exp_above_fast(float x, float max) { return exp
 
 // exp(x) to a few ulp: the product with log2(e) is rounded, and what it loses is put back to first order.
 __device__ __forceinline__ float exp_compensated(float x) {
-  const float t = x * kLog2e, lost = fmaf(x, kLog2e, -t);
-  const float e = exp2_fast(t);
-  return fmaf(e, lost * 0.6931471805599453f, e);
+  const float t = x * kLog2e, lost = fmaf(t, -0.6931471805599453f, x), e = exp2_fast(t);
+  return fmaf(e, lost, e);
 }
 
 __device__ __forceinline__ float reciprocal(float v) {

@@ -1,8 +1,10 @@
 // moe_layer::route_topk on CUDA: checks, outputs, workspace, and the choice between the fast and the general kernel.
 //
 // A call is two launches. Of a training step: the lean router and router_finish.cu, which adds up what its blocks counted. With
-// sequences, dense outputs or uncommon sizes: a tiny kernel that zeroes the counters, and the router that adds to them. On sm_90
-// and later the second kernel is launched beside the first (programmatic dependent launch) and waits for it on the device.
+// sequences, dense outputs or uncommon sizes: a tiny kernel that zeroes the counters, and the router that adds to them. One more
+// finishes the losses if somebody asked for them (router_losses.cu). On sm_90 and later a kernel is launched beside the one in front
+// of it (programmatic dependent launch) and waits for it on the device. Losses finished in the second launch were slower (H200): its
+// blocks would have to wait for each other, by a cluster, a ticket or words in memory, 0.6 to 0.9 us more than a launch of their own.
 
 #include "router_args.cuh"
 
@@ -123,6 +125,26 @@ void set_groups(Forward& p, int64_t num_groups, int64_t group_topk, const std::s
   p.group_chunked = p.group_shift >= 3 && p.group_size / 8 <= lanes_for(p.experts) && p.group_count <= 2;
 }
 
+void set_losses(Forward& p, double aux_coeff, double z_coeff, Tensor& summary, Tensor& scaled) {
+  STD_TORCH_CHECK(
+      p.logits.kind != kF64,
+      "finished losses are fp32 on CUDA and the logits are fp64; leave loss_coeffs out and use "
+      "moe_layer.losses on the sums");
+  STD_TORCH_CHECK(
+      p.cu_seqlens.data == nullptr, "finished losses are of one batch; leave loss_coeffs or cu_seqlens out");
+  p.losses = {
+      p.counts,
+      p.aux == kNoAux ? nullptr : p.aux_counts,
+      p.aux == kNoAux ? nullptr : static_cast<const float*>(p.score_sum),
+      p.want_z ? static_cast<const float*>(p.z_sum) : nullptr,
+      p.experts,
+      p.top_k,
+      static_cast<float>(aux_coeff),
+      static_cast<float>(z_coeff),
+      out_ptr<float>(summary),
+      out_ptr<float>(scaled)};
+}
+
 // Largest fixed-point shift with which T scores of at most 1 stay below 2^62, so that bit 63 is free for NaN.
 int sum_shift(int64_t tokens) {
   int bits = 1;
@@ -134,7 +156,8 @@ int64_t words(const Tensor& t, int64_t bytes_per_element) { return t.numel() * b
 
 }  // namespace
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Outputs =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Outputs forward(
     std::optional<Tensor> id_buffer, const Tensor& logits_any, std::optional<Tensor> expert_bias,
@@ -142,7 +165,7 @@ Outputs forward(
     std::optional<Tensor> cu_seqlens, int64_t top_k, std::string score_function, std::string softmax_order,
     bool renormalize, double scaling_factor, int64_t num_groups, int64_t group_topk, std::string group_rule,
     std::string weights_mode, std::string aux_counts, bool want_z, bool want_probs, bool want_scores,
-    std::string map_format) {
+    std::string map_format, bool want_losses, double aux_coeff, double z_coeff) {
   STD_TORCH_CHECK(logits_any.is_cuda() && logits_any.dim() == 2, "logits must be a CUDA tensor [T, E]");
   const DeviceGuard guard(logits_any.get_device_index());
   const Tensor logits = logits_any.is_contiguous() ? logits_any : torch::stable::contiguous(logits_any);
@@ -207,6 +230,8 @@ Outputs forward(
   Tensor map = p.map_format == kNoMap    ? new_empty(logits, {0}, map_type)
                : p.map_format == kBitmap ? new_empty(logits, {T, (E + 7) / 8}, map_type)
                                          : new_empty(logits, {T, E}, map_type);
+  Tensor summary = new_empty(logits, {want_losses ? 5 : 0}, wide);
+  Tensor scaled = new_empty(logits, {want_losses ? (p.aux != kNoAux) + want_z : 0}, wide);
 
   // Workspace: of the lean kernel a row for every block; else ticket (16 bytes) and fixed-point sums, both zeroed, then one double
   // a block, always written before it is read.
@@ -230,6 +255,7 @@ Outputs forward(
   p.scores = want_scores ? scores.mutable_data_ptr() : nullptr;
   p.map = p.map_format == kNoMap ? nullptr : static_cast<uint8_t*>(map.mutable_data_ptr());
   p.score_sum = score_sum.mutable_data_ptr(), p.z_sum = z_sum.mutable_data_ptr();
+  if (want_losses) set_losses(p, aux_coeff, z_coeff, summary, scaled);
   if (id_buffer) {
     check_shape(*id_buffer, "id_buffer", logits, {T, top_k});
     STD_TORCH_CHECK(id_buffer->is_contiguous(), "id_buffer must be contiguous; pass a contiguous tensor");
@@ -248,7 +274,8 @@ Outputs forward(
       (keyed ? launch_lean_keyed<false> : launch_lean_plain<false>)(p, sms, stream);
     }
     launch_finish(p, lean_blocks(p, sms), stream);
-    return {weights, ids, counts, aux, score_sum, z_sum, events, probs, scores, map};
+    if (want_losses) launch_losses(p.losses, stream);
+    return {weights, ids, counts, aux, score_sum, z_sum, events, probs, scores, map, summary, scaled};
   }
   ZeroRegions zero = {
       {reinterpret_cast<uint32_t*>(p.counts), reinterpret_cast<uint32_t*>(p.aux_counts),
@@ -273,7 +300,8 @@ Outputs forward(
     }
     if (id_buffer) launch_copy_ids({p.ids, kI32}, T * top_k, p.id_buffer, p.id_buffer_kind, sms, stream);
   }
-  return {weights, ids, counts, aux, score_sum, z_sum, events, probs, scores, map};
+  if (want_losses) launch_losses(p.losses, stream);
+  return {weights, ids, counts, aux, score_sum, z_sum, events, probs, scores, map, summary, scaled};
 }
 
 Outputs route_topk(
@@ -281,11 +309,11 @@ Outputs route_topk(
     std::optional<Tensor> replay_weights, std::optional<Tensor> valid, std::optional<Tensor> cu_seqlens, int64_t top_k,
     std::string score_function, std::string softmax_order, bool renormalize, double scaling_factor, int64_t num_groups,
     int64_t group_topk, std::string group_rule, std::string weights_mode, std::string aux_counts, bool want_z,
-    bool want_probs, bool want_scores, std::string map_format) {
+    bool want_probs, bool want_scores, std::string map_format, bool want_losses, double aux_coeff, double z_coeff) {
   return forward(
       std::nullopt, logits, expert_bias, replay_ids, replay_weights, valid, cu_seqlens, top_k, score_function,
       softmax_order, renormalize, scaling_factor, num_groups, group_topk, group_rule, weights_mode, aux_counts, want_z,
-      want_probs, want_scores, map_format);
+      want_probs, want_scores, map_format, want_losses, aux_coeff, z_coeff);
 }
 
 // The same, and the ids into the caller's buffer.
@@ -294,11 +322,12 @@ Outputs route_topk_into(
     std::optional<Tensor> replay_weights, std::optional<Tensor> valid, std::optional<Tensor> cu_seqlens,
     Tensor id_buffer, int64_t top_k, std::string score_function, std::string softmax_order, bool renormalize,
     double scaling_factor, int64_t num_groups, int64_t group_topk, std::string group_rule, std::string weights_mode,
-    std::string aux_counts, bool want_z, bool want_probs, bool want_scores, std::string map_format) {
+    std::string aux_counts, bool want_z, bool want_probs, bool want_scores, std::string map_format, bool want_losses,
+    double aux_coeff, double z_coeff) {
   return forward(
       id_buffer, logits, expert_bias, replay_ids, replay_weights, valid, cu_seqlens, top_k, score_function,
       softmax_order, renormalize, scaling_factor, num_groups, group_topk, group_rule, weights_mode, aux_counts, want_z,
-      want_probs, want_scores, map_format);
+      want_probs, want_scores, map_format, want_losses, aux_coeff, z_coeff);
 }
 
 // ------------------------------------------------------------------------------------------------------------ backward

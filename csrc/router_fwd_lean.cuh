@@ -8,83 +8,12 @@
 // up. So nothing has to be zeroed before, and no block waits for another one.
 #pragma once
 
-#include "router_lean_parts.cuh"
+#include "router_lean_weigh.cuh"
 
 namespace moe_layer::router {
 
-// The warps' sums of scores, added over the block's rows in a fixed order, to part[E] in global memory.
-template <int L, int C, int THREADS>
-__device__ __forceinline__ void store_score_sums(
-    const Forward& p, const float (&sums)[C * 8], float* terms, float* target) {
-  constexpr int kBucket = Layout<L, C>::kBucket, kWarps = THREADS / kWarp;
-  const int lane = threadIdx.x % kWarp;
-  float all[C * 8];
-#pragma unroll
-  for (int i = 0; i < C * 8; ++i) {
-    all[i] = sums[i];
-#pragma unroll
-    for (int o = L; o < kWarp; o <<= 1) all[i] += __shfl_xor_sync(kFull, all[i], o);
-  }
-  if (lane < L) {
-    float4* mine = reinterpret_cast<float4*>(terms + threadIdx.x / kWarp * kBucket);
-#pragma unroll
-    for (int c = 0; c < C; ++c) {
-      const int at = Layout<L, C>::first(c, lane) / 4;
-      mine[at] = make_float4(all[8 * c], all[8 * c + 1], all[8 * c + 2], all[8 * c + 3]);
-      mine[at + 1] = make_float4(all[8 * c + 4], all[8 * c + 5], all[8 * c + 6], all[8 * c + 7]);
-    }
-  }
-  __syncthreads();
-#pragma unroll 1
-  for (int e = threadIdx.x; e < p.experts; e += THREADS) {
-    float total[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) total[w % 2] += terms[w * kBucket + e];
-    target[e] = total[0] + total[1];
-  }
-}
-
-// Weights of a tile's experts and what is written with them, one lane a (row, slot), where all rows are valid and all ids are chosen, or
-// all are forced. The general case is in the kernel, in more instructions.
-template <int L, int C, int MODE, class Rows>
-__device__ __forceinline__ void weigh_tile(
-    const Forward& p, const LeanShape& shape, const Rows& all_rows, int64_t first_row, const uint32_t* chosen,
-    const int* forced, const uint32_t* unbiased, const float* stats, int32_t* hist, int32_t* hist_aux) {
-  constexpr uint32_t kIdMask = Layout<L, C>::kIdMask;
-  const int lane = threadIdx.x % kWarp, slot = lane & (shape.slot_lanes - 1);
-  const int64_t left = p.tokens - first_row, out = first_row * p.top_k;
-  const int rows = left < shape.rows ? static_cast<int>(left) : shape.rows;
-  const auto logits = all_rows.from(first_row);
-#pragma unroll 1
-  for (int first = 0; first < rows; first += kWarp >> shape.slot_shift) {
-    const int at = first + (lane >> shape.slot_shift), index = at * p.top_k + slot;
-    const bool inside = at < rows && slot < p.top_k;
-    const int id = !inside ? 0 : forced != nullptr ? forced[index] : static_cast<int>(chosen[index] & kIdMask);
-    const float x = inside ? logits.at(at, id) : kPad;
-    float y;
-    if (MODE == kSoftmaxPlain && p.weight_rule == kOverChosen) {
-      float top = x;
-      for (int o = shape.slot_lanes / 2; o > 0; o >>= 1) top = fmaxf(top, __shfl_xor_sync(kFull, top, o));
-      y = expf(x - top);
-    } else if (MODE == kSoftmaxPlain) {
-      y = inside ? expf(x - stats[2 * at]) * stats[2 * at + 1] : 0.0f;
-    } else {
-      y = sigmoid(x);
-    }
-    y = inside ? y : 0.0f;
-    if (p.weight_rule == kOverChosen || p.weight_rule == kScoreNormalised) {
-      float sum = y;
-      for (int o = shape.slot_lanes / 2; o > 0; o >>= 1) sum += __shfl_xor_sync(kFull, sum, o);
-      y = __fdividef(y, p.weight_rule == kOverChosen ? sum : sum + kEps);
-    }
-    if (!inside) continue;
-    static_cast<float*>(p.weights)[out + index] = y * p.scale;
-    p.ids[out + index] = id;
-    if (p.id_buffer != nullptr) store_int(p.id_buffer, p.id_buffer_kind, out + index, id);
-    atomicAdd(&hist[id], 1);
-    if (p.live_apart) atomicAdd(&hist_aux[unbiased[index] & kIdMask], 1);
-  }
-}
+// What a kernel is asked for: anything; no forced ids and all rows valid; forced ids, all rows valid and no recorded weights.
+enum Task : int { kAnyTask, kLiveTask, kReplayTask };
 
 // Shared memory of a block. The buffers of the warps come first, for they are read in 16-byte words.
 template <int THREADS>
@@ -118,12 +47,14 @@ struct LeanMemory {
 };
 
 // What a block of THREADS threads does with the rows of its tiles, up to its row of p.part. `memory` has been cleared.
-template <int L, int C, int MODE, class Rows, int THREADS>
+template <int L, int C, int MODE, class Rows, int THREADS, int TASK = kAnyTask>
 __device__ __forceinline__ void lean_block(
-    const Forward& p, const LeanShape& shape, const Rows& rows, const LeanMemory<THREADS>& memory, Tiles tiles) {
+    const Forward& p, const LeanShape& shape, const Rows& rows, const LeanMemory<THREADS>& memory, Tiles of_block) {
   using Lay = Layout<L, C>;
   constexpr int kWarps = THREADS / kWarp;
-  constexpr bool kKeyed = MODE == kSigmoidKeyed, kSoft = MODE == kSoftmaxPlain, WIDE = Rows::kWide;
+  constexpr bool kQuads = MODE == kSigmoidQuads, kKeyed = MODE == kSigmoidKeyed || kQuads,
+                 kSoft = MODE == kSoftmaxPlain;
+  constexpr bool WIDE = Rows::kWide, kRanks = L == 1 && WIDE && !kKeyed;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, gl = lane % L, group = lane / L;
   int32_t *hist = memory.hist, *hist_aux = memory.hist_aux;
   float* bias = memory.bias;
@@ -135,40 +66,71 @@ __device__ __forceinline__ void lean_block(
   float* total = reinterpret_cast<float*>(forced + (p.replay.data != nullptr ? list : 0));
   int* kept = reinterpret_cast<int*>(total + shape.rows * p.groups);
   float* stats = reinterpret_cast<float*>(kept + shape.rows * p.groups);  // [rows, 2] softmax of "pre" weights
+  uint32_t* seen = reinterpret_cast<uint32_t*>(stats + shape.rows * 2);   // read_forced
+  // In front of the histograms.
+  float* quads = reinterpret_cast<float*>(memory.buffers + p.block_words - (kWarps - warp) * Quads::kWords);
+
+  const bool replays = TASK == kReplayTask || (TASK == kAnyTask && p.replay.data != nullptr);
+  const int row_bytes = p.experts * (WIDE ? 4 : 2), id_shift = p.replay.kind > 0 ? p.replay.kind - 1 : 0;
+  // A tile's rows are asked for while the warp works on the tile before: 4 KiB of logits, a line a lane, and the forced ids.
+  auto prefetch = [&](int64_t row, int count) {
+    if constexpr (Rows::kGlobal) {
+      if (128 * lane < count * row_bytes)
+        prefetch_line(static_cast<const char*>(p.logits.data) + row * row_bytes + 128 * lane);
+    }
+    if (replays && 128 * lane < count * p.top_k << id_shift)  // bytes: 1 of kU8 and kI8, then doubled
+      prefetch_line(static_cast<const char*>(p.replay.data) + (row * p.top_k << id_shift) + 128 * lane);
+  };
+  auto rows_from = [&](int64_t row) {
+    return p.tokens - row < shape.rows ? static_cast<int>(p.tokens - row) : shape.rows;
+  };
+  int64_t first_row = (of_block.begin + warp) * shape.rows;
+  int tiles = static_cast<int>(of_block.end - of_block.begin - warp + kWarps - 1) / kWarps;  // a warp without a tile: 0
+  if (tiles > 0) prefetch(first_row, rows_from(first_row));
+  if (replays) {
+    for (int* at = reinterpret_cast<int*>(seen) + lane; at < memory.buffers + (warp + 1) * p.warp_words; at += kWarp) {
+      *at = 0;
+    }
+    __syncwarp();
+  }
+  const bool broken_bias = kQuads && has_broken(bias, lane);
 
   float sums[C * 8];
 #pragma unroll
   for (int i = 0; i < C * 8; ++i) sums[i] = 0.0f;
   double z = 0.0;
-  Replayed replayed;
-  const auto [begin, end] = tiles;
-  // A tile's rows are asked for while the warp works on the tile before: 4 KiB of logits, a line a lane, and the forced ids.
-  auto prefetch = [&](int64_t tile) {
-    const int row_bytes = p.experts * (WIDE ? 4 : 2), id_shift = p.replay.kind > 0 ? p.replay.kind - 1 : 0;
-    const int64_t first_row = tile * shape.rows, at = first_row * row_bytes + 128 * lane;
-    if (tile >= end || 128 * lane >= shape.rows * row_bytes || at >= p.tokens * row_bytes) return;
-    if (Rows::kGlobal) prefetch_line(static_cast<const char*>(p.logits.data) + at);
-    if (p.replay.data == nullptr) return;
-    const int64_t id_at = (first_row * p.top_k << id_shift) + 128 * lane;  // bytes: 1 of kU8 and kI8, then doubled
-    if (128 * lane < shape.rows * p.top_k << id_shift && id_at < p.tokens * p.top_k << id_shift)
-      prefetch_line(static_cast<const char*>(p.replay.data) + id_at);
-  };
-  prefetch(begin + warp);
-  for (int64_t tile = begin + warp; tile < end; tile += kWarps) {
-    const int64_t first_row = tile * shape.rows;
-    prefetch(tile + kWarps);
+  int rows_replayed = 0, slots_replayed = 0, forced_id = -1;  // the id of the next tile's first pass
+  if (TASK == kReplayTask && tiles > 0) forced_id = first_forced(p, shape, first_row, rows_from(first_row));
+  for (; tiles > 0; --tiles) {
+    const int count = rows_from(first_row);
+    const int64_t next_row = first_row + kWarps * shape.rows;
+    if (tiles > 1) prefetch(next_row, rows_from(next_row));
+    const auto logits = rows.from(first_row);
     // With forced ids the selection serves the slots that are missing, and without bias and groups the aux loss.
     bool fill = true, wanted = true;
-    if (p.replay.data != nullptr) {
-      fill = read_forced(p, shape, first_row, forced, replayed, events);
+    if (replays) {
+      if (TASK == kReplayTask && !copy_forced(p, shape, first_row, count, forced_id, forced, seen)) {
+        fill = false, rows_replayed += count, slots_replayed += count * p.top_k;
+      } else {
+        const int3 found = check_forced(&p, shape, first_row, forced, events);
+        rows_replayed += found.x, slots_replayed += found.y, fill = found.z != 0;
+      }
       wanted = fill || (!kKeyed && p.live_apart);
+      if (TASK == kReplayTask && tiles > 1) forced_id = first_forced(p, shape, next_row, rows_from(next_row));
     }
+    bool odd = false;  // of quads: a key of the tile is not finite, so its rows are selected again
     for (int step = 0; step < shape.rows; step += Lay::kRows) {
       const int at = step + group;
-      const int64_t row = first_row + at;
-      const bool live = row < p.tokens && (p.valid == nullptr || p.valid[row]);
+      const bool live = at < count && (TASK != kAnyTask || p.valid == nullptr || p.valid[first_row + at]);
       float x[C * 8];
-      rows.template load<L, C>(row, live, gl, x);
+      auto load = [&] {
+        if constexpr (kQuads) {
+          load_quads<WIDE>({logits.data, logits.kind}, at, live, gl, x);
+        } else {
+          logits.template load<L, C>(at, live, gl, x);
+        }
+      };
+      load();
       const uint32_t bad = bad_bits(x);
       const unsigned bad_lanes = __ballot_sync(kFull, bad != 0);
       bool row_nan = false;
@@ -179,25 +141,37 @@ __device__ __forceinline__ void lean_block(
 #pragma unroll
         for (int i = 0; i < C * 8; ++i) {
           nan |= x[i] != x[i];
-          if (row_bad && Lay::expert(i, gl) >= p.experts) x[i] = -INFINITY;
+          if (!kQuads && row_bad && Lay::expert(i, gl) >= p.experts) x[i] = -INFINITY;
         }
         row_nan = row_or<L>(nan ? 1u : 0u) != 0;
       }
+#pragma unroll
+      for (int i = 0; i < C * 8; ++i)
+        asm("" : "+f"(x[i]));  // one register a logit from here on: ptxas kept two copies of each
 
-      uint32_t v[C * 8];
+      uint32_t v[C * 8], best = 0;
       RowStats s;
-      const bool known = !kKeyed && wanted && bad_lanes == 0;  // the best packed key holds the row's maximum
+      const bool known = !kRanks && !kKeyed && wanted && bad_lanes == 0;  // the best packed key holds the row's maximum
       if (!kKeyed && wanted) {
-        s.max = pack_logits_lean<L, C, WIDE>(p, x, bad, gl, v);
-        const uint32_t best = row_min<L>(min_of<C * 8>(v));
-        // A key of 16 bits: zeros below it, which an inverted key of a positive number has as ones.
-        if (!WIDE) s.max = uninverted(static_cast<int32_t>(best) < 0 ? best & ~Lay::kIdMask : best | Lay::kIdMask);
-        select_rows<L, C>(v, best, p.top_k, gl, chosen + at * p.top_k);
+        if constexpr (kRanks) {
+          rank_rows(x, bad, p.top_k, chosen + at * p.top_k);
+        } else {
+          s.max = pack_logits_lean<L, C, WIDE>(p, x, bad, gl, v);
+          best = row_min<L>(min_of<C * 8>(v));
+          if (!WIDE) s.max = narrow_key<L, C>(best);
+        }
+      }
+      if constexpr (kQuads) {
+        odd |= bad_lanes != 0 || broken_bias;
+        if (p.live_apart) {
+          pack_quads<WIDE>(x, gl, v);
+          select_rows<L, C>(v, row_min<L>(min_of<C * 8>(v)), p.top_k, gl, unbiased + at * p.top_k);
+        }
       }
       bool scored = false;
       if (!kSoft && p.need_scores && p.want_z && bad_lanes == 0) {
         scored = sigmoid_and_z<L, C>(live, x, s);
-        if (!scored) rows.template load<L, C>(row, live, gl, x);
+        if (!scored) load();
       }
       if (!scored) scores_in_place_lean<L, C, kSoft>(p, known, x, s);
       if (p.aux != kNoAux && live) {
@@ -207,87 +181,83 @@ __device__ __forceinline__ void lean_block(
       if (row_nan) s.lse = NAN;
       if (p.want_z && live && gl == 0) z += static_cast<double>(s.lse * s.lse);
       if (kSoft && p.weight_rule == kPreSoftmax && gl == 0) stats[2 * at] = s.max, stats[2 * at + 1] = s.inverse;
+      // After the scores: their registers are free now.
+      if (!kKeyed && !kRanks && wanted) select_rows<L, C>(v, best, p.top_k, gl, chosen + at * p.top_k);
       if (kKeyed && wanted) {
         const float4* bias4 = reinterpret_cast<const float4*>(bias);
 #pragma unroll
         for (int q = 0; q < C * 2; ++q) {
-          const float4 b = bias4[Lay::first(q / 2, gl) / 4 + q % 2];
+          const float4 b = bias4[(kQuads ? Quads::first(q, gl) : Lay::first(q / 2, gl)) / 4 + (kQuads ? 0 : q % 2)];
           x[4 * q] += b.x, x[4 * q + 1] += b.y, x[4 * q + 2] += b.z, x[4 * q + 3] += b.w;
         }
+      }
+      if constexpr (kQuads) {
+        if (wanted) {
+          if (bad_lanes != 0 || broken_bias) {
+            const uint32_t broken = bad | bad_bits(x);
+#pragma unroll
+            for (int i = 0; i < C * 8; ++i) x[i] = (broken >> i) & 1u ? kBrokenKey : x[i];
+          }
+          const float sum = group_sum_of_lane(x, p.group_count, gl);
+          uint32_t few[16];
+          pack_kept_quads(x, kept_groups(sum, p.group_topk, gl, kept + at * p.groups), gl, quads, few);
+          select_rows<8, 2>(few, row_min<8>(min_of<16>(few)), p.top_k, gl, chosen + at * p.top_k);
+        }
+      } else if (kKeyed && wanted) {
         const GroupMemory memory = {total + at * p.groups, kept + at * p.groups, nullptr};
         pack_keys_lean<L, C>(p, x, bad, gl, memory, v);
       }
 
       // Under bias or groups: once for the ids, and once more for the experts that the aux loss counts. A loop, because twice the
       // code is twice the instructions to fetch.
-      bool first = kKeyed && wanted, second = kKeyed && p.live_apart;
+      if constexpr (kKeyed && !kQuads) {
+        bool first = wanted, second = p.live_apart;
 #pragma unroll 1
-      while (first || second) {
-        uint32_t* list_of_row = (first ? chosen : unbiased) + at * p.top_k;
-        if (!first) {  // loaded again, from L1: 16 registers held through the selection above would cost warps
-          second = false;
-          rows.template load<L, C>(row, live, gl, x);
-          pack_logits_lean<L, C, WIDE>(p, x, bad, gl, v);
+        while (first || second) {
+          uint32_t* list_of_row = (first ? chosen : unbiased) + at * p.top_k;
+          if (!first) {  // loaded again, from L1: 16 registers held through the selection above would cost warps
+            second = false;
+            load();
+            pack_logits_lean<L, C, WIDE>(p, x, bad, gl, v);
+          }
+          first = false;
+          select_rows<L, C>(v, row_min<L>(min_of<C * 8>(v)), p.top_k, gl, list_of_row);
         }
-        first = false;
-        select_rows<L, C>(v, row_min<L>(min_of<C * 8>(v)), p.top_k, gl, list_of_row);
       }
     }
     __syncwarp();
-    if ((kKeyed || WIDE) && wanted) settle_rows<L, C, kKeyed>(p, rows, first_row, shape.rows, bias, kept, chosen);
-    if (kKeyed && WIDE && p.live_apart) {
+    if (kQuads && odd && lane < shape.rows) {
+      chosen[lane * p.top_k + p.top_k - 1] = ~0u;
+      if (p.live_apart) unbiased[lane * p.top_k + p.top_k - 1] = ~0u;
+    }
+    if ((kKeyed || (WIDE && !kRanks)) && wanted) {
+      settle_rows<L, C, kKeyed>(p, rows, first_row, shape.rows, bias, kept, chosen);
+    }
+    if (kKeyed && (WIDE || odd) && p.live_apart) {
       settle_rows<L, C, false>(p, rows, first_row, shape.rows, nullptr, nullptr, unbiased);
     }
 
     // ---- weights: one lane a (row, slot)
-    const bool replays = p.replay.data != nullptr;
-    if (p.valid == nullptr && p.recorded.data == nullptr && !(replays && fill)) {
+    if ((TASK != kAnyTask || (p.valid == nullptr && p.recorded.data == nullptr)) && !(replays && fill)) {
       weigh_tile<L, C, MODE>(
-          p, shape, rows, first_row, chosen, replays ? forced : nullptr, unbiased, stats, hist, hist_aux);
+          p, shape, logits, first_row, count, chosen, replays ? forced : nullptr, unbiased, stats, hist, hist_aux);
       __syncwarp();  // the ids have been read before the next tile writes its own
+      first_row = next_row;
       continue;
     }
-    for (int first = 0; first < shape.rows; first += kWarp >> shape.slot_shift) {
-      const Slot at = slot_of_lane(p, shape, first_row, first);
-      const int index = at.at * p.top_k + at.slot;
-      int id = at.live && wanted ? static_cast<int>(chosen[index] & Lay::kIdMask) : -1;
-      if (at.live && p.live_apart) atomicAdd(&hist_aux[unbiased[index] & Lay::kIdMask], 1);
-      const int held = at.live && p.replay.data != nullptr ? forced[index] : -1;
-      if (p.replay.data != nullptr) id = fill ? fill_slot(p, shape, at, held, id) : held;
-      const float x = at.live ? rows.at(at.row, id) : kPad;
-      float y;
-      if (kSoft && p.weight_rule == kOverChosen) {
-        float top = x;
-        for (int o = shape.slot_lanes / 2; o > 0; o >>= 1) top = fmaxf(top, __shfl_xor_sync(kFull, top, o));
-        y = expf(x - top);
-      } else if (kSoft) {
-        y = at.live ? expf(x - stats[2 * at.at]) * stats[2 * at.at + 1] : 0.0f;
-      } else {
-        y = sigmoid(x);
-      }
-      y = at.live ? y : 0.0f;
-      if (p.weight_rule == kOverChosen || p.weight_rule == kScoreNormalised) {
-        float sum = y;
-        for (int o = shape.slot_lanes / 2; o > 0; o >>= 1) sum += __shfl_xor_sync(kFull, sum, o);
-        y = __fdividef(y, p.weight_rule == kOverChosen ? sum : sum + kEps);
-      }
-      if (at.inside) {
-        const int64_t out = at.row * p.top_k + at.slot;
-        const bool recorded = held >= 0 && p.recorded.data != nullptr;
-        static_cast<float*>(p.weights)[out] = recorded ? load_float(p.recorded, out) : at.live ? y * p.scale : 0.0f;
-        p.ids[out] = at.live ? id : -1;
-        if (p.id_buffer != nullptr) store_int(p.id_buffer, p.id_buffer_kind, out, at.live ? id : -1);
-      }
-      if (at.live) atomicAdd(&hist[id], 1);
+    if constexpr (TASK != kLiveTask) {
+      weigh_rows<MODE>(
+          &p, shape, rows, first_row, wanted, fill, Lay::kIdMask, chosen, forced, unbiased, stats, hist, hist_aux);
     }
     __syncwarp();  // the ids have been read before the next tile writes its own
+    first_row = next_row;
   }
 
   // ---- the block's sums, in its own row of p.part
   for (int o = kWarp / 2; p.want_z && o > 0; o >>= 1) z += __shfl_xor_sync(kFull, z, o);
   if (lane == 0) {
     memory.scratch.z[warp] = z;
-    if (replayed.slots != 0) atomicAdd(&events[0], replayed.rows), atomicAdd(&events[1], replayed.slots);
+    if (slots_replayed != 0) atomicAdd(&events[0], rows_replayed), atomicAdd(&events[1], slots_replayed);
   }
   __syncthreads();  // counts are complete, the warps' buffers are free
   const PartRow part = part_row(p, blockIdx.x);
@@ -304,11 +274,11 @@ __device__ __forceinline__ void lean_block(
     *part.z = sum[0] + sum[1];
   }
   if (p.aux != kNoAux) {
-    store_score_sums<L, C, THREADS>(p, sums, reinterpret_cast<float*>(memory.buffers), part.score_sum);
+    store_score_sums<L, C, kQuads, THREADS>(p, sums, reinterpret_cast<float*>(memory.buffers), part.score_sum);
   }
 }
 
-template <int L, int C, int MODE, bool WIDE, int THREADS>
+template <int L, int C, int MODE, bool WIDE, int TASK, int THREADS>
 __global__ void __launch_bounds__(THREADS, 1) lean_kernel(const __grid_constant__ Forward p, const LeanShape shape) {
   extern __shared__ __align__(16) int32_t shared[];
   __shared__ typename LeanMemory<THREADS>::Scratch scratch;
@@ -316,36 +286,35 @@ __global__ void __launch_bounds__(THREADS, 1) lean_kernel(const __grid_constant_
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();  // router_finish.cu may get ready
 #endif
+  const Tiles tiles = tiles_of_block(p);
   memory.clear(p);
+  if (MODE < kSigmoidKeyed) __syncthreads();
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();  // this kernel was launched beside the one before it in the stream
 #endif
-  if (MODE == kSigmoidKeyed) memory.load_bias(p, Layout<L, C>::kBucket);
-  __syncthreads();
-  lean_block<L, C, MODE, GlobalRows<WIDE>, THREADS>(p, shape, GlobalRows<WIDE>{p}, memory, tiles_of_block(p));
+  if (MODE >= kSigmoidKeyed) {
+    memory.load_bias(p, Layout<L, C>::kBucket);
+    __syncthreads();
+  }
+  lean_block<L, C, MODE, GlobalRows<WIDE>, THREADS, TASK>(p, shape, GlobalRows<WIDE>{p}, memory, tiles);
 }
 
 // Sizes of a block's shared memory, to args; in bytes, the result.
 template <int L, int C, int MODE, int THREADS>
 int64_t lean_bytes(Forward& args, const LeanShape& shape) {
   constexpr int kWarps = THREADS / kWarp, kBucket = Layout<L, C>::kBucket;
-  args.warp_words = lean_words(args, shape, MODE == kSigmoidKeyed);
+  args.warp_words = lean_words(args, shape, MODE >= kSigmoidKeyed);
   const int terms = kWarps * kBucket;  // store_score_sums
   args.block_words = round_up(args.warp_words * kWarps > terms ? args.warp_words * kWarps : terms, 4);
-  return 4ll * (args.block_words + (args.live_apart ? 2 : 1) * args.experts + (MODE == kSigmoidKeyed ? kBucket : 0));
+  if (MODE == kSigmoidQuads) args.block_words += kWarps * Quads::kWords;
+  return 4ll * (args.block_words + (args.live_apart ? 2 : 1) * args.experts + (MODE >= kSigmoidKeyed ? kBucket : 0));
 }
 
-template <int L, int C, int MODE, bool WIDE, int THREADS>
-void launch_lean(Forward args, int sms, cudaStream_t stream) {
-  using Lay = Layout<L, C>;
-  constexpr int kWarps = THREADS / kWarp;
-  LeanShape shape = {Lay::kRows, 1, 0};
-  while (shape.slot_lanes < args.top_k) shape.slot_lanes *= 2, ++shape.slot_shift;
-  // Rows enough to keep the lanes of the weights busy, unless warps would stay without rows.
-  const int together = kWarp / shape.slot_lanes < 8 ? kWarp / shape.slot_lanes : 8;
-  if (together > shape.rows && args.tokens >= static_cast<int64_t>(together) * kWarps * sms / 2) shape.rows = together;
+template <int L, int C, int MODE, bool WIDE, int TASK, int THREADS>
+void launch_lean_as(Forward args, int sms, cudaStream_t stream) {
+  const LeanShape shape = lean_shape(args, sms);
   const int64_t bytes = lean_bytes<L, C, MODE, THREADS>(args, shape);
-  auto kernel = lean_kernel<L, C, MODE, WIDE, THREADS>;
+  auto kernel = lean_kernel<L, C, MODE, WIDE, TASK, THREADS>;
   allow_shared_memory(kernel, bytes);
   const int64_t tiles = ceil_div<int64_t>(args.tokens, shape.rows);
   const int blocks = lean_blocks(args, sms);
@@ -353,21 +322,37 @@ void launch_lean(Forward args, int sms, cudaStream_t stream) {
   launch_beside(kernel, blocks, THREADS, bytes, stream, args, shape);
 }
 
-// Lanes of a row and chunks of a lane by size: the fewer lanes share a row, the fewer steps a selection takes, and more than 32 values
-// a lane do not fit the registers. 16 warps: 24 or 32 of them, or rows over more lanes, took as much time at 128 experts and up to 40%
-// more elsewhere (H200).
+// The plain softmax and DeepSeek-V3's groups have kernels of their own for live steps and for replayed ones: less code, fewer registers.
+template <int L, int C, int MODE, bool WIDE, int THREADS>
+void launch_lean(const Forward& args, int sms, cudaStream_t stream) {
+  if constexpr (MODE == kSoftmaxPlain || MODE == kSigmoidQuads) {
+    if (args.valid == nullptr && args.replay.data == nullptr)
+      return launch_lean_as<L, C, MODE, WIDE, kLiveTask, THREADS>(args, sms, stream);
+    if (args.valid == nullptr && args.recorded.data == nullptr)
+      return launch_lean_as<L, C, MODE, WIDE, kReplayTask, THREADS>(args, sms, stream);
+  }
+  launch_lean_as<L, C, MODE, WIDE, kAnyTask, THREADS>(args, sms, stream);
+}
+
+// Lanes as lean_lanes() says; chunks of a lane by size.
 template <int MODE, bool WIDE>
 void launch_lean_mode(const Forward& args, int sms, cudaStream_t stream) {
-  constexpr int kThreads = 512;
+  constexpr int kThreads = kLeanThreads;
   const int experts = args.experts;
-  if (experts == 8) return launch_lean<1, 1, MODE, WIDE, kThreads>(args, sms, stream);
-  if (experts <= 64) return launch_lean<4, 2, MODE, WIDE, kThreads>(args, sms, stream);
-  if (experts <= 128) return launch_lean<8, 2, MODE, WIDE, kThreads>(args, sms, stream);
-  // With fewer than 64 rows an SM, 4 rows a warp would leave warps idle.
-  if (experts <= 256 && args.tokens < 64ll * sms) return launch_lean<16, 2, MODE, WIDE, kThreads>(args, sms, stream);
-  if (experts <= 256) return launch_lean<8, 4, MODE, WIDE, kThreads>(args, sms, stream);
-  if (experts <= 384) return launch_lean<16, 3, MODE, WIDE, kThreads>(args, sms, stream);
-  return launch_lean<16, 4, MODE, WIDE, kThreads>(args, sms, stream);
+  switch (lean_lanes(args, sms)) {
+    case 1: return launch_lean<1, 1, MODE, WIDE, kThreads>(args, sms, stream);
+    case 4: return launch_lean<4, 2, MODE, WIDE, kThreads>(args, sms, stream);
+    case 8:
+      if (experts <= 128) return launch_lean<8, 2, MODE, WIDE, kThreads>(args, sms, stream);
+      if constexpr (MODE == kSigmoidKeyed) {
+        if (quads_fit(args)) return launch_lean<8, 4, kSigmoidQuads, WIDE, kThreads>(args, sms, stream);
+      }
+      return launch_lean<8, 4, MODE, WIDE, kThreads>(args, sms, stream);
+    default:
+      if (experts <= 256) return launch_lean<16, 2, MODE, WIDE, kThreads>(args, sms, stream);
+      if (experts <= 384) return launch_lean<16, 3, MODE, WIDE, kThreads>(args, sms, stream);
+      return launch_lean<16, 4, MODE, WIDE, kThreads>(args, sms, stream);
+  }
 }
 
 }  // namespace moe_layer::router

@@ -1,4 +1,4 @@
-// Parts of the lean forward kernel (router_fwd_lean.cuh): shapes, packed keys, selection, scores, replay.
+// Parts of the lean forward kernel (router_fwd_lean.cuh): shapes, packed keys, selection, scores.
 //
 // A packed key is a field above an expert's id, and smaller is better. For 16-bit logits the field is the inverted key: exact.
 // For fp32 keys it is the distance from the row's best key, in steps of the fp32 grid: exact down to a quarter of the best key
@@ -10,18 +10,14 @@
 
 namespace moe_layer::router {
 
-enum Mode : int { kSoftmaxPlain, kSigmoidPlain, kSigmoidKeyed };
+enum Mode : int { kSoftmaxPlain, kSigmoidPlain, kSigmoidKeyed, kSigmoidQuads };  // the last one: router_lean_groups.cuh
 
-struct LeanShape {
-  int rows;        // rows of a tile
-  int slot_lanes;  // W, the power of two that holds K: lanes of a row when a lane owns a slot
-  int slot_shift;  // log2(W): a division takes twenty instructions
-};
-
-// Shared memory of a warp, in words: ids, unbiased ids, forced ids, groups' sums and flags, softmax of "pre" weights.
+// Shared memory of a warp, in words: ids, unbiased ids, forced ids, groups' sums and flags, softmax of "pre" weights, forced experts
+// seen.
 __host__ __device__ inline int lean_words(const Forward& p, const LeanShape& t, bool keyed) {
   const int lists = 1 + (keyed && p.live_apart ? 1 : 0) + (p.replay.data != nullptr ? 1 : 0);
-  return t.rows * (p.top_k * lists + p.groups * 2 + 2);
+  const int seen = p.replay.data != nullptr ? (kWarp >> t.slot_shift) * ceil_div(p.experts, kWarp) : 0;
+  return t.rows * (p.top_k * lists + p.groups * 2 + 2) + seen;
 }
 
 template <int L, int C>
@@ -77,6 +73,30 @@ __device__ __forceinline__ void select_rows(
   }
 }
 
+// The same where a lane holds all experts of its row: each one's rank is the number of better ones. `x` are whole logits, so that no
+// key is too far from the best one.
+__device__ __forceinline__ void rank_rows(const float (&x)[8], uint32_t bad, int top_k, uint32_t* chosen) {
+  uint32_t key[8];
+  int rank[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    key[i] = (bad >> i) & 1u ? 0u : ordered(x[i]);
+    rank[i] = 0;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+#pragma unroll
+    for (int j = i + 1; j < 8; ++j) {
+      const bool first = key[i] >= key[j];
+      rank[i] += !first, rank[j] += first;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (rank[i] < top_k) chosen[rank[i]] = i;
+  }
+}
+
 // The fp32 number whose inverted key this is.
 __device__ __forceinline__ float uninverted(uint32_t key) {
   return __uint_as_float(static_cast<int32_t>(key) < 0 ? key : ~key ^ 0x80000000u);
@@ -97,13 +117,29 @@ __device__ __forceinline__ void pack_broken(uint32_t bad, const uint32_t (&base)
   }
 }
 
+// Bits of a positive number that an inverted key of 16 bits has flipped. Those of the id are spared: they are 0 in the number.
+template <int L, int C>
+__device__ __forceinline__ constexpr uint32_t flipped_bits() {
+  return 0x7fffffffu & ~Layout<L, C>::kIdMask;
+}
+
 // Keys of 16 bits: nothing is lost below them.
 template <int L, int C>
 __device__ __forceinline__ void pack_narrow(
     const float (&key)[C * 8], uint32_t bad, const uint32_t (&base)[C], uint32_t (&v)[C * 8]) {
 #pragma unroll
-  for (int i = 0; i < C * 8; ++i) v[i] = ((inverted(key[i]) & ~Layout<L, C>::kIdMask) | base[i / 8]) | (i % 8);
+  for (int i = 0; i < C * 8; ++i) {
+    const uint32_t bits = __float_as_uint(key[i] + 0.0f), sign = static_cast<int32_t>(bits) >> 31;
+    v[i] = (bits ^ (~sign & flipped_bits<L, C>())) | base[i / 8] | (i % 8);
+  }
   if (bad != 0) pack_broken<L, C>(bad, base, v);
+}
+
+// The 16-bit key of a packed one.
+template <int L, int C>
+__device__ __forceinline__ float narrow_key(uint32_t packed) {
+  const uint32_t bits = packed & ~Layout<L, C>::kIdMask;
+  return __uint_as_float(static_cast<int32_t>(bits) < 0 ? bits : bits ^ flipped_bits<L, C>());
 }
 
 // Whole fp32 keys, as the distance from the best one of the row, which is returned.
@@ -290,77 +326,6 @@ __device__ __forceinline__ void scores_in_place_lean(const Forward& p, bool know
     }
     s.inverse = reciprocal(row_sum<L>((sum[0] + sum[1]) + (sum[2] + sum[3])) + kEps);
   }
-}
-
-// ----------------------------------------------------------------------------------------------------------- replay
-// One lane a (row, slot), as for the weights. All lanes of the warp call these.
-
-struct Slot {
-  int at, slot;  // row of the tile, slot of the row
-  int64_t row;
-  bool inside, live;  // a slot of a row of the batch; and the row is valid
-};
-
-__device__ __forceinline__ Slot slot_of_lane(const Forward& p, const LeanShape& shape, int64_t first_row, int first) {
-  const int lane = threadIdx.x % kWarp;
-  Slot s;
-  s.slot = lane & (shape.slot_lanes - 1);
-  s.at = first + (lane >> shape.slot_shift);
-  s.row = first_row + s.at;
-  s.inside = s.at < shape.rows && s.row < p.tokens && s.slot < p.top_k;
-  s.live = s.inside && (p.valid == nullptr || p.valid[s.row]);
-  return s;
-}
-
-__device__ __forceinline__ unsigned lanes_of_row(const LeanShape& shape) {
-  const unsigned lanes = shape.slot_lanes == kWarp ? kFull : (1u << shape.slot_lanes) - 1u;
-  return lanes << (threadIdx.x % kWarp & ~(shape.slot_lanes - 1));
-}
-
-struct Replayed {
-  int rows = 0, slots = 0;  // counted alike by all lanes of the warp
-};
-
-// Reads the tile's forced ids to forced[rows, K], -1 where a live expert has to step in. Returns whether there is such a slot.
-__device__ __forceinline__ bool read_forced(
-    const Forward& p, const LeanShape& shape, int64_t first_row, int* forced, Replayed& count, int* events) {
-  bool fill = false;
-  for (int first = 0; first < shape.rows; first += kWarp >> shape.slot_shift) {
-    const Slot s = slot_of_lane(p, shape, first_row, first);
-    const int id = s.live ? load_id(p.replay, s.row * p.top_k + s.slot, p.experts) : -1;
-    bool duplicate = false;  // not match.any: 256 cycles where these shuffles take 4 each (H200)
-    for (int o = 1; o < p.top_k; ++o) {
-      const int earlier = __shfl_up_sync(kFull, id, o);
-      duplicate |= earlier == id && s.slot >= o;
-    }
-    const bool taken = id >= 0 && id < p.experts && !duplicate;
-    if (s.inside) forced[s.at * p.top_k + s.slot] = taken ? id : -1;
-    const unsigned takes = __ballot_sync(kFull, taken);
-    count.slots += __popc(takes);
-    count.rows += __popc(__ballot_sync(kFull, s.slot == 0 && (takes & lanes_of_row(shape)) != 0));
-    if (__any_sync(kFull, s.live && !taken)) {
-      fill = true;
-      count_event(events, 2, s.live && id < 0);
-      count_event(events, 3, id >= 0 && id < p.experts && duplicate);
-      count_event(events, 4, id >= p.experts);
-    }
-  }
-  return fill;
-}
-
-// The expert of this lane's slot: the forced one, or for the n-th missing slot of the row the n-th best live expert that no slot
-// of the row holds. `live_id` is the live expert of the same place; K of them, and at most K - missing are held.
-__device__ __forceinline__ int fill_slot(
-    const Forward& p, const LeanShape& shape, const Slot& s, int forced, int live_id) {
-  const int lane = threadIdx.x % kWarp;
-  bool held = forced == live_id;
-  for (int o = 1; o < shape.slot_lanes; ++o) held |= __shfl_xor_sync(kFull, forced, o) == live_id;
-  const unsigned row = lanes_of_row(shape);
-  const unsigned missing = __ballot_sync(kFull, s.live && forced < 0) & row;
-  unsigned left = __ballot_sync(kFull, s.live && !held) & row;
-  for (int skip = __popc(missing & ((1u << lane) - 1u)); skip > 0; --skip) left &= left - 1;
-  const int filled = __shfl_sync(kFull, live_id, left != 0 ? __ffs(left) - 1 : 0);
-  return forced >= 0 ? forced : filled;
 }
 
 }  // namespace moe_layer::router

@@ -1,6 +1,6 @@
 // moe_layer::batch_losses and its backward on CUDA: one small launch each. Formulas: moe_layer/ops/batch_losses.py.
 
-#include "router_args.cuh"
+#include "router_losses.cuh"
 
 #include <tuple>
 
@@ -10,14 +10,6 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 
-struct Losses {
-  const int32_t *counts, *aux_counts;  // [E]; null without the loss
-  const float *score_sum, *z_sum;
-  int experts, top_k;
-  float aux_coeff, z_coeff;
-  float *summary, *scaled;  // [5]; one entry a loss
-};
-
 struct LossGradients {
   const float *d_summary, *d_scaled, *summary;
   const int32_t* aux_counts;
@@ -26,11 +18,6 @@ struct LossGradients {
   float aux_coeff, z_coeff;
   float *d_score_sum, *d_z;
 };
-
-__device__ __forceinline__ double warp_sum(double v) {
-  for (int o = kWarp / 2; o > 0; o >>= 1) v += __shfl_xor_sync(kFull, v, o);
-  return v;
-}
 
 // One block. Sums run in fp64 in a fixed order.
 //
@@ -65,18 +52,7 @@ __global__ void __launch_bounds__(kThreads) losses_kernel(const __grid_constant_
       slots = warp_sum(lane < kWarps ? parts[0][lane] : 0.0);
       aux_slots = warp_sum(lane < kWarps ? parts[1][lane] : 0.0);
       product = warp_sum(lane < kWarps ? parts[2][lane] : 0.0);
-      const double tokens = slots / p.top_k, divisor = tokens > 1.0 ? tokens : 1.0;
-      const float aux = static_cast<float>(p.experts * (product / ((aux_slots > 1.0 ? aux_slots : 1.0) * divisor)));
-      const float z = static_cast<float>(z_sum / divisor);
-      const float of_lane = lane == 0   ? aux
-                            : lane == 1 ? z
-                            : lane == 2 ? 1.0f
-                            : lane == 3 ? static_cast<float>(tokens)
-                                        : 0.0f;
-      if (real && lane < 5) p.summary[lane] = of_lane;
-      const int z_at = p.aux_counts != nullptr ? 1 : 0;
-      if (real && lane == 0 && p.aux_counts != nullptr) p.scaled[0] = aux * p.aux_coeff;
-      if (real && lane == 1 && p.z_sum != nullptr) p.scaled[z_at] = z * p.z_coeff;
+      write_losses(p, slots, aux_slots, product, z_sum, real);
     }
     __syncthreads();
   }
@@ -101,6 +77,14 @@ __global__ void __launch_bounds__(kThreads) losses_backward_kernel(const __grid_
     p.d_z[0] = static_cast<float>(gradient(1, p.aux_counts != nullptr ? 1 : 0, p.z_coeff) / tokens);
   }
 }
+
+}  // namespace
+
+void launch_losses(const Losses& args, cudaStream_t stream) {
+  launch_beside(losses_kernel, 1, kThreads, 0, stream, args);
+}
+
+namespace {
 
 const float* floats(const std::optional<Tensor>& t, const char* name, int64_t size) {
   if (!t) return nullptr;
@@ -137,7 +121,7 @@ std::tuple<Tensor, Tensor> batch_losses(
   Tensor summary = new_empty(counts, {5}, ScalarType::Float);
   Tensor scaled = new_empty(counts, {(aux_counts ? 1 : 0) + (z_sum ? 1 : 0)}, ScalarType::Float);
   p.summary = out_ptr<float>(summary), p.scaled = out_ptr<float>(scaled);
-  launch_beside(losses_kernel, 1, kThreads, 0, current_stream(counts), p);
+  launch_losses(p, current_stream(counts));
   return {summary, scaled};
 }
 

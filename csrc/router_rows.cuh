@@ -29,6 +29,18 @@ struct GlobalRows {
     __device__ __forceinline__ float at(int row, int expert) const {
       return load_logit<W>({data, kind}, row * experts + expert);
     }
+
+    // A lane's chunks of a row, `kPad` where there is no expert or no row.
+    template <int L, int C>
+    __device__ __forceinline__ void load(int row, bool live, int gl, float (&x)[C * 8]) const {
+      if constexpr (W) {
+        load_vectors<kF32, L, C>(data, row, live, experts, gl, kPad, x);
+      } else if (kind == kBF16) {
+        load_vectors<kBF16, L, C>(data, row, live, experts, gl, kPad, x);
+      } else {
+        load_vectors<kF16, L, C>(data, row, live, experts, gl, kPad, x);
+      }
+    }
   };
 
   __device__ __forceinline__ Near from(int64_t row) const {
@@ -37,17 +49,6 @@ struct GlobalRows {
 
   __device__ __forceinline__ float at(int64_t row, int expert) const {
     return load_logit<W>(p.logits, row * p.experts + expert);
-  }
-
-  template <int L, int C>
-  __device__ __forceinline__ void load(int64_t row, bool live, int gl, float (&x)[C * 8]) const {
-    if constexpr (W) {
-      load_vectors<kF32, L, C>(p.logits.data, row, live, p.experts, gl, kPad, x);
-    } else if (p.logits.kind == kBF16) {
-      load_vectors<kBF16, L, C>(p.logits.data, row, live, p.experts, gl, kPad, x);
-    } else {
-      load_vectors<kF16, L, C>(p.logits.data, row, live, p.experts, gl, kPad, x);
-    }
   }
 };
 

@@ -5,7 +5,7 @@
 // before it, and its warps rank their segments in order. No atomic decides an order, so rows are the same in every run.
 // The slots' weights are written in the rows' order on the way.
 
-#include "common.cuh"
+#include "block_scan.cuh"
 
 namespace moe_layer {
 namespace {
@@ -65,30 +65,6 @@ __global__ void __launch_bounds__(kThreads) count_pieces_kernel(SortArgs args) {
   for (int e = threadIdx.x; e < args.experts; e += kThreads) target[e] = count_L[e];
 }
 
-// Exclusive sum over the block of one value a thread.
-__device__ int block_exclusive_sum(int value, int* warp_sum) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  int inclusive = value;
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    const int other = __shfl_up_sync(0xffffffffu, inclusive, step);
-    if (lane >= step) inclusive += other;
-  }
-  if (lane == kWarp - 1) warp_sum[warp] = inclusive;
-  __syncthreads();
-  if (warp == 0) {
-    int total = lane < kThreads / kWarp ? warp_sum[lane] : 0;
-#pragma unroll
-    for (int step = 1; step < kWarp; step *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, total, step);
-      if (lane >= step) total += other;
-    }
-    if (lane < kThreads / kWarp) warp_sum[lane] = total;
-  }
-  __syncthreads();
-  return inclusive - value + (warp > 0 ? warp_sum[warp - 1] : 0);
-}
-
 __global__ void __launch_bounds__(kThreads) place_slots_kernel(SortArgs args) {
   extern __shared__ int32_t shared[];
   __shared__ int warp_sum[kWarp];
@@ -123,7 +99,7 @@ __global__ void __launch_bounds__(kThreads) place_slots_kernel(SortArgs args) {
   const int e_begin = min(static_cast<int>(threadIdx.x) * per_thread, L), e_end = min(e_begin + per_thread, L);
   int padded = 0;
   for (int e = e_begin; e < e_end; ++e) padded += round_up(total_L[e], args.alignment);
-  int first = block_exclusive_sum(padded, warp_sum);
+  int first = block_exclusive_sum<kThreads>(padded, warp_sum);
   for (int e = e_begin; e < e_end; ++e) {
     const int count = total_L[e];
     total_L[e] = first;

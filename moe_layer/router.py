@@ -20,7 +20,7 @@ from moe_layer.balance import update_expert_bias
 from moe_layer.config.model import MoEConfig
 from moe_layer.errors import RoutingError
 from moe_layer.ops.attach_losses import attach_losses
-from moe_layer.ops.batch_losses import SUMMARY, batch_losses
+from moe_layer.ops.batch_losses import SUMMARY
 from moe_layer.ops.capacity import apply_capacity, expert_capacity
 from moe_layer.ops.fan_out import LateProduct
 from moe_layer.ops.gate import gate_logits
@@ -200,6 +200,10 @@ class Router(nn.Module):
         if replay is not None:
             renormalize = {"router": renormalize, "always": True, "never": False}[policy.renormalize]
             aux_counts = {"losses": aux_counts, "off": "none"}.get(policy.aux_map, policy.aux_map)
+        if not attaches or loss_cfg.aux == "none":
+            aux_counts = "none"
+        want_z = attaches and loss_cfg.z_coeff > 0.0
+        finish = self._finishes_losses(logits_TE) and (aux_counts != "none" or want_z)
         if replay is not None and cfg.capacity_factor is not None and not policy.allow_capacity:
             raise RoutingError(
                 f"replay with router.capacity_factor {cfg.capacity_factor} would drop replayed slots; set it to "
@@ -230,9 +234,15 @@ class Router(nn.Module):
             weights_mode="live" if replay is None else mode,
             valid=valid_T,
             cu_seqlens=cu_seqlens if loss_cfg.aux == "sequence" else None,
-            aux_counts=aux_counts if attaches and loss_cfg.aux != "none" else "none",
-            want_z=attaches and loss_cfg.z_coeff > 0.0,
+            aux_counts=aux_counts,
+            want_z=want_z,
+            loss_coeffs=(loss_cfg.aux_coeff, loss_cfg.z_coeff) if finish else None,
         )
+
+    def _finishes_losses(self, logits_TE: Tensor) -> bool:
+        """Whether `route_topk` can finish the losses: of one rank's batch, without a history, fp64 or dropped slots."""
+        simple = self.config.losses.aux in ("none", "batch") and self.config.router.capacity_factor is None
+        return simple and logits_TE.dtype != torch.float64 and losses.is_local(self._data_group)
 
     def _capacity(self, routed: RouteTopk) -> tuple[Tensor, Tensor, Tensor, int | None]:
         """ids, weights and counts after the capacity factor, and the rows every expert is padded to."""
@@ -275,38 +285,17 @@ class Router(nn.Module):
         """Losses unscaled, scaled and scaled in one tensor; the head of the log and the events that follow it."""
         if self._is_quiet and valid_T is None and dropped is None and not torch.compiler.is_compiling():
             return {}, {}, None, stats.quiet_head(num_tokens, routed.events.device), routed.events
-        local = self._local_losses(routed) if dropped is None else None
-        if local is not None:
-            unscaled, scaled, stacked, head = local
-            return unscaled, scaled, stacked, *stats.with_events(head, routed.events)
+        if routed.scaled_losses.numel() > 0:  # finished by route_topk
+            present = (("aux", routed.aux_counts.ndim == 2), ("z", self.config.losses.z_coeff > 0.0))
+            names = [name for name, there in present if there]
+            unscaled = {name: routed.losses[SUMMARY.index(name)] for name in names}
+            scaled = dict(zip(names, routed.scaled_losses.unbind(), strict=True))
+            return unscaled, scaled, routed.scaled_losses, *stats.with_events(routed.losses, routed.events)
         boundaries = cu_seqlens if self.config.losses.aux == "sequence" else None
         num_valid_S = losses.tokens_per_sequence(num_tokens, valid_T, boundaries, routed.events.device)
         unscaled, scaled = self._losses(routed, num_valid_S)
         stacked = torch.stack(list(scaled.values())) if scaled else None
         return unscaled, scaled, stacked, *stats.log_values(unscaled, num_valid_S, dropped, routed.events)
-
-    def _local_losses(self, routed: RouteTopk) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, Tensor] | None:
-        """What `_losses` returns, the scaled losses as one tensor and the head of the log, in one launch.
-
-        None where more than one op is needed: several ranks or sequences, a history, fp64, or no loss at all.
-        """
-        cfg = self.config.losses
-        has_aux, has_z = routed.aux_counts.ndim == 2, cfg.z_coeff > 0.0
-        simple = cfg.aux in ("none", "batch") and routed.weights.dtype == torch.float32 and (has_aux or has_z)
-        if not simple or not losses.is_local(self._data_group):
-            return None
-        result = batch_losses(
-            routed.counts,
-            routed.aux_counts if has_aux else None,
-            routed.score_sum if has_aux else None,
-            routed.z_sum if has_z else None,
-            top_k=self.config.router.top_k,
-            aux_coeff=cfg.aux_coeff,
-            z_coeff=cfg.z_coeff,
-        )
-        names = [name for name, present in (("aux", has_aux), ("z", has_z)) if present]
-        unscaled = {name: result.summary[SUMMARY.index(name)] for name in names}
-        return unscaled, dict(zip(names, result.scaled.unbind(), strict=True)), result.scaled, result.summary
 
     @property
     def _is_quiet(self) -> bool:

@@ -9,6 +9,7 @@ expert id. The readable reference lives in `route_topk_select.py` and `route_top
 CUDA kernels for these two schemas. The schemas are settled; a change is announced here:
 
 * `route_topk_into` is `route_topk` with a buffer that takes the ids as well.
+* `want_losses`, `aux_coeff` and `z_coeff` ask for two more outputs, those of `batch_losses`.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_layer.ops import batch_losses
 from moe_layer.ops import route_topk_ref as ref
 from moe_layer.ops._call import call_plain
 from moe_layer.ops.copy_ids import check_id_buffer
-from moe_layer.ops.route_topk_check import check_arguments
+from moe_layer.ops.route_topk_bwd import backward, setup_context
+from moe_layer.ops.route_topk_check import check_arguments, check_losses
 from moe_layer.ops.route_topk_result import NUM_EVENTS, RouteTopk
 from moe_layer.ops.route_topk_select import select, taken
 
@@ -29,15 +32,9 @@ FORWARD_SCHEMA = (
     "(Tensor logits, Tensor? expert_bias, Tensor? replay_ids, Tensor? replay_weights, Tensor? valid,"
     " Tensor? cu_seqlens, *, int top_k, str score_function, str softmax_order, bool renormalize,"
     " float scaling_factor, int num_groups, int group_topk, str group_rule, str weights_mode, str aux_counts,"
-    " bool want_z, bool want_probs, bool want_scores, str map_format)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " bool want_z, bool want_probs, bool want_scores, str map_format, bool want_losses, float aux_coeff, float z_coeff)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-BACKWARD_SCHEMA = (
-    "(Tensor? d_weights, Tensor? d_score_sum, Tensor? d_z, Tensor? d_probs, Tensor? d_scores, Tensor logits,"
-    " Tensor ids, Tensor? replay_ids, Tensor? cu_seqlens, *, str score_function, str softmax_order, bool renormalize,"
-    " float scaling_factor, str weights_mode) -> Tensor"
-)
-# Rows that are not valid are recognised in backward by their ids, which are all -1.
 
 
 @torch.library.custom_op("moe_layer::route_topk", mutates_args=(), schema=FORWARD_SCHEMA)
@@ -63,6 +60,9 @@ def _op(
     want_probs: bool,
     want_scores: bool,
     map_format: str,
+    want_losses: bool,
+    aux_coeff: float,
+    z_coeff: float,
 ) -> tuple[Tensor, ...]:
     x_TE = logits.to(ref.compute_dtype(logits))
     selected = select(
@@ -102,10 +102,17 @@ def _op(
     probs_TE = logits.new_empty(0)
     if want_probs:
         probs_TE = ref.scatter_rows(weights_TK, selected.ids_TK, num_experts).to(logits.dtype)
+    counts_E = ref.count_ids(selected.ids_TK, num_experts)
+    summary, scaled = x_TE.new_empty(0), x_TE.new_empty(0)
+    if want_losses:
+        aux = (None, None) if aux_counts == "none" else (sums.aux_counts_SE, sums.score_sum_SE)
+        summary, scaled = batch_losses._op._init_fn(
+            counts_E, *aux, sums.z_sum if want_z else None, top_k=top_k, aux_coeff=aux_coeff, z_coeff=z_coeff
+        )
     return (
         weights_TK,
         selected.ids_TK.to(torch.int32),
-        ref.count_ids(selected.ids_TK, num_experts),
+        counts_E,
         sums.aux_counts_SE,
         sums.score_sum_SE,
         sums.z_sum,
@@ -113,6 +120,8 @@ def _op(
         probs_TE,
         sums.scores_TE,
         ref.routing_map(selected.ids_TK, num_experts, map_format),
+        summary,
+        scaled,
     )
 
 
@@ -131,6 +140,7 @@ def _fake(
     want_probs: bool,
     want_scores: bool,
     map_format: str,
+    want_losses: bool,
     **_: Any,
 ) -> tuple[Tensor, ...]:
     num_tokens, num_experts = logits.shape
@@ -150,6 +160,8 @@ def _fake(
         logits.new_empty(dense if want_probs else (0,)),
         logits.new_empty(dense if want_scores else (0,), dtype=wide),
         logits.new_empty(map_shape, dtype=torch.uint8 if map_format == "bitmap" else torch.bool),
+        logits.new_empty(len(batch_losses.SUMMARY) if want_losses else 0, dtype=wide),
+        logits.new_empty((aux_counts != "none") + want_z if want_losses else 0, dtype=wide),
     )
 
 
@@ -179,79 +191,7 @@ def _call(tensors: tuple[Any, ...], options: dict[str, Any], id_buffer: Tensor |
     return call_plain(torch.ops.moe_layer.route_topk_into, *tensors, id_buffer, **options)
 
 
-@torch.library.custom_op("moe_layer::route_topk_bwd", mutates_args=(), schema=BACKWARD_SCHEMA)
-def _bwd_op(
-    d_weights: Tensor | None,
-    d_score_sum: Tensor | None,
-    d_z: Tensor | None,
-    d_probs: Tensor | None,
-    d_scores: Tensor | None,
-    logits: Tensor,
-    ids: Tensor,
-    replay_ids: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *,
-    score_function: str,
-    softmax_order: str,
-    renormalize: bool,
-    scaling_factor: float,
-    weights_mode: str,
-) -> Tensor:
-    x_TE = logits.to(ref.compute_dtype(logits))
-    d_w_TK = ref.weight_gradient(d_weights, d_probs, ids, x_TE.dtype)
-    if d_w_TK is not None and weights_mode == "recorded" and replay_ids is not None:
-        d_w_TK = d_w_TK.masked_fill(taken(replay_ids, ids), 0)
-    dx_TE = ref.loss_sums_backward(d_score_sum, d_z, d_scores, x_TE, ids, cu_seqlens, score_function=score_function)
-    dx_TE = ref.weights_backward(
-        d_w_TK,
-        dx_TE,
-        x_TE,
-        ids,
-        score_function=score_function,
-        softmax_order=softmax_order,
-        renormalize=renormalize,
-        scaling_factor=scaling_factor,
-    )
-    return dx_TE.to(logits.dtype)
-
-
-@_bwd_op.register_fake
-def _bwd_fake(
-    d_weights: Tensor | None,
-    d_score_sum: Tensor | None,
-    d_z: Tensor | None,
-    d_probs: Tensor | None,
-    d_scores: Tensor | None,
-    logits: Tensor,
-    *_: Any,
-    **__: Any,
-) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
-    logits, _, replay_ids, replay_weights, _, cu_seqlens = inputs
-    ctx.set_materialize_grads(False)
-    names = ("score_function", "softmax_order", "renormalize", "scaling_factor", "weights_mode")
-    ctx.options = {name: keyword_only_inputs[name] for name in names}
-    recorded = ctx.options["weights_mode"] == "recorded" and replay_weights is not None
-    ctx.save_for_backward(logits, output[1], replay_ids if recorded else None, cu_seqlens)
-
-
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    logits, ids, replay_ids, cu_seqlens = ctx.saved_tensors
-    d_weights, _, _, _, d_score_sum, d_z, _, d_probs, d_scores, _ = (
-        None if grad is None or (grad.numel() == 0 and grad.ndim == 1) else grad for grad in grads
-    )
-    present = [d_weights, d_score_sum, d_z, d_probs, d_scores]
-    if not ctx.needs_input_grad[0] or all(grad is None for grad in present):
-        return (None,) * 6
-    backward = torch.ops.moe_layer.route_topk_bwd
-    dx = call_plain(backward, *present, logits, ids, replay_ids, cu_seqlens, **ctx.options)
-    return (dx, None, None, None, None, None)
-
-
-_op.register_autograd(_backward, setup_context=_setup_context)
+_op.register_autograd(backward, setup_context=setup_context)
 
 
 class _EagerDoor(torch.autograd.Function):
@@ -266,12 +206,12 @@ class _EagerDoor(torch.autograd.Function):
         # No separate setup_context: with one, every apply() inspects this signature, which costs 0.1 ms.
         *tensors, options, buffers = inputs
         output = _call(tuple(tensors), options, *buffers)
-        _setup_context(ctx, tuple(tensors), options, output)
+        setup_context(ctx, tuple(tensors), options, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*_backward(ctx, *grads), None, None)
+        return (*backward(ctx, *grads), None, None)
 
 
 def route_topk(
@@ -296,6 +236,7 @@ def route_topk(
     want_probs: bool = False,
     want_scores: bool = False,
     map_format: str = "none",
+    loss_coeffs: tuple[float, float] | None = None,
     id_buffer: Tensor | None = None,
 ) -> RouteTopk:
     """Choose K of E experts for every token and weigh them; differentiable in `logits`.
@@ -319,6 +260,9 @@ def route_topk(
         aux_counts: "none", "live" (unbiased, ungrouped live top-k) or "effective" (the ids returned).
         want_z, want_probs, want_scores: ask for `z_sum`, `probs`, `scores`.
         map_format: "none", "bytemap" or "bitmap".
+        loss_coeffs: coefficients of the load-balancing loss (there if `aux_counts` is not "none") and of the z-loss
+            (there if `want_z`); asks for the finished losses of the batch, `losses` and `scaled_losses`, as
+            `batch_losses` makes them of the sums. Not with `cu_seqlens`; on CUDA not of fp64 logits.
         id_buffer: int16, int32 or int64 `[..., K]`, contiguous; the ids are written into it as well (recording).
 
     Raises:
@@ -341,6 +285,9 @@ def route_topk(
         aux_counts=aux_counts,
         map_format=map_format,
     )
+    if loss_coeffs is not None:
+        check_losses(aux_counts=aux_counts, want_z=want_z, cu_seqlens=cu_seqlens)
+    aux_coeff, z_coeff = (0.0, 0.0) if loss_coeffs is None else loss_coeffs
     lead = logits.shape[:-1]
     num_tokens = lead.numel()
 
@@ -364,6 +311,9 @@ def route_topk(
         "want_probs": want_probs,
         "want_scores": want_scores,
         "map_format": map_format,
+        "want_losses": loss_coeffs is not None,
+        "aux_coeff": float(aux_coeff),
+        "z_coeff": float(z_coeff),
     }
     if id_buffer is not None:
         check_id_buffer(id_buffer, shape=(*lead, top_k), num_experts=logits.shape[-1], device=logits.device)

@@ -73,6 +73,16 @@ def check_arguments(
             raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and logits on {logits.device}; move one of them")
 
 
+def check_losses(*, aux_counts: str, want_z: bool, cu_seqlens: Tensor | None) -> None:
+    """Whether there are losses of one batch to finish."""
+    if aux_counts == "none" and not want_z:
+        raise ValueError("loss_coeffs needs sums to finish: set aux_counts to 'live' or 'effective', or want_z to True")
+    if cu_seqlens is not None:
+        raise ValueError(
+            "loss_coeffs finishes the losses of one batch, cu_seqlens asks for sums of every sequence; leave one out"
+        )
+
+
 def check_groups(num_experts: int, *, top_k: int, num_groups: int, group_topk: int, rule: str) -> None:
     """Group sizes that can be honoured; `num_groups` 0 switches groups off."""
     if num_groups == 0 and group_topk == 0:

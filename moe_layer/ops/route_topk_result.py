@@ -27,6 +27,8 @@ class RouteTopk(NamedTuple):
         probs: logits' dtype, the weights as a dense matrix.
         scores: fp32 (fp64), scores normalised over all E, 0 in rows that are not valid.
         map: bool [..., E], or uint8 [..., ceil(E/8)] with expert e at bit e%8 of byte e//8.
+        losses: fp32 (fp64) [5], the entries of `batch_losses.SUMMARY`: unscaled losses and what a log keeps of them.
+        scaled_losses: fp32 (fp64) [n], the losses there are (load balancing, then z) times their coefficients.
     """
 
     weights: Tensor
@@ -39,3 +41,5 @@ class RouteTopk(NamedTuple):
     probs: Tensor
     scores: Tensor
     map: Tensor
+    losses: Tensor
+    scaled_losses: Tensor

@@ -26,6 +26,7 @@ from torch import Tensor
 from moe_layer.ops import _ext
 from moe_layer.ops import batch_losses as losses_module
 from moe_layer.ops import route_topk as module
+from moe_layer.ops import route_topk_bwd as backward_module
 from moe_layer.ops.batch_losses import batch_losses
 from moe_layer.ops.route_topk import RouteTopk, route_topk
 
@@ -61,6 +62,7 @@ DEFAULTS = {
     "score_function": "softmax", "softmax_order": "post", "renormalize": True, "scaling_factor": 1.0, "num_groups": 0,
     "group_topk": 0, "group_rule": "sum_top2", "weights_mode": "live", "aux_counts": "none", "want_z": False,
     "want_probs": False, "want_scores": False, "map_format": "none",
+    "want_losses": False, "aux_coeff": 1.0, "z_coeff": 1.0,
 }  # fmt: skip
 
 
@@ -191,15 +193,19 @@ def variants(shape: Shape, inputs: Inputs, replay: bool) -> dict[str, Callable[[
 
     def whole(index: int, **more: Any) -> RouteTopk:
         """Weights, ids, counts and the finished losses: the router's part of a training step."""
-        out = forward(index, **(LOSSES | more))
+        return forward(index, loss_coeffs=(1.0, 1.0), **(LOSSES | more))
+
+    def apart(index: int) -> None:
+        """The same with the losses finished by an op of their own."""
+        out = forward(index, **LOSSES)
         batch_losses(out.counts, out.aux_counts, out.score_sum, out.z_sum, top_k=shape.top_k)
-        return out
 
     def replayed(index: int, ids: list[Tensor] = inputs.ids, **more: Any) -> RouteTopk:
         return whole(index, replay_ids=ids[index % count], **more)
 
     calls = {
         "forward": whole,
+        "forward, losses apart": apart,
         "forward, sums only": lambda i: forward(i, **LOSSES),
         "forward, no losses": forward,
         "forward, effective": lambda i: forward(i, aux_counts="effective", want_z=True),
@@ -216,7 +222,7 @@ def variants(shape: Shape, inputs: Inputs, replay: bool) -> dict[str, Callable[[
 
 def peer_reference(shape: Shape, inputs: Inputs, compiled: bool) -> dict[str, Callable[[int], Any]]:
     given = DEFAULTS | shape.options | LOSSES | {"top_k": shape.top_k}
-    forward_body, backward_body = module._op._init_fn, module._bwd_op._init_fn
+    forward_body, backward_body = module._op._init_fn, backward_module._op._init_fn
     options = {name: given[name] for name in BACKWARD_OPTIONS}
     count = len(inputs.logits)
     grads = (inputs.d_weights, inputs.d_score_sum, inputs.d_z, None, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from moe_layer.ops.batch_losses import batch_losses
 from moe_layer.ops.route_topk import route_topk
 
 pytestmark = pytest.mark.gpu
+LOSSES: dict[str, Any] = {"aux_counts": "live", "want_z": True}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -71,3 +74,72 @@ def test_behind_the_router_in_a_graph() -> None:
     exact = route_topk(second.double().cpu(), top_k=8, aux_counts="live", want_z=True)
     found = batch_losses(exact.counts, exact.aux_counts, exact.score_sum, exact.z_sum, top_k=8)
     torch.testing.assert_close(eager[1][0].double().cpu(), found.summary, rtol=1e-5, atol=1e-7)
+
+
+SHAPES = {
+    "lean": (1000, 128, {"top_k": 8}),
+    "lean, one row": (1, 512, {"top_k": 10}),
+    "lean, 8 experts": (4096, 8, {"top_k": 2}),
+    "lean, 384 experts": (777, 384, {"top_k": 8}),
+    "lean, groups": (900, 256, {"top_k": 8, "score_function": "sigmoid", "num_groups": 8, "group_topk": 4}),
+    "general": (300, 600, {"top_k": 8}),
+    "no tokens": (0, 64, {"top_k": 2}),
+}
+
+
+@pytest.mark.parametrize("wanted", [LOSSES, {"aux_counts": "effective"}, {"want_z": True}], ids=["both", "aux", "z"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_finished_by_the_router(name: str, wanted: dict[str, Any]) -> None:
+    """Losses and gradients are those of batch_losses on the sums, up to roundings."""
+    tokens, experts, options = SHAPES[name]
+    logits = torch.randn(tokens, experts, device="cuda").to(torch.bfloat16)
+    valid = torch.rand(tokens, device="cuda") < 0.9
+    number = len(wanted)
+    d_summary, d_scaled = torch.randn(5, device="cuda"), torch.randn(number, device="cuda")
+    results = []
+    for fused in (True, False):
+        leaf = logits.detach().requires_grad_()
+        out = route_topk(leaf, valid=valid, loss_coeffs=(0.02, 0.003) if fused else None, **options, **wanted)
+        if fused:
+            found = (out.losses, out.scaled_losses)
+        else:
+            aux = (out.aux_counts, out.score_sum) if "aux_counts" in wanted else (None, None)
+            z_sum = out.z_sum if "want_z" in wanted else None
+            found = tuple(batch_losses(out.counts, *aux, z_sum, top_k=options["top_k"], aux_coeff=0.02, z_coeff=0.003))
+        results.append([*found, *torch.autograd.grad(found, leaf, [d_summary, d_scaled])])
+    assert results[0][1].numel() == number
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6 if ours.ndim == 1 else 2e-2, atol=1e-8, equal_nan=True)
+
+
+def test_finished_losses_against_fp64() -> None:
+    logits = torch.randn(5000, 256) * 2
+    given = {"top_k": 8, "score_function": "sigmoid", "loss_coeffs": (0.5, 0.25), **LOSSES}
+    ours = route_topk(logits.cuda(), **given)
+    theirs = route_topk(logits.double(), **given)
+    torch.testing.assert_close(ours.losses.cpu().double(), theirs.losses, rtol=2e-6, atol=0)
+    torch.testing.assert_close(ours.scaled_losses.cpu().double(), theirs.scaled_losses, rtol=2e-6, atol=0)
+
+
+def test_finished_losses_are_the_same_bits_in_a_graph() -> None:
+    logits = torch.randn(4096, 512, device="cuda")
+    given = {"top_k": 10, "loss_coeffs": (0.5, 0.25), **LOSSES}
+    eager = [route_topk(x, **given) for x in (logits, logits * 2)]
+    static = logits.clone()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        route_topk(static, **given)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = route_topk(static, **given)
+    for _ in range(20):
+        for values, wanted in ((logits, eager[0]), (logits * 2, eager[1])):
+            static.copy_(values)
+            graph.replay()
+            assert torch.equal(out.losses, wanted.losses) and torch.equal(out.scaled_losses, wanted.scaled_losses)
+            assert torch.equal(out.counts, wanted.counts) and torch.equal(out.score_sum, wanted.score_sum)
+
+
+def test_finished_losses_of_fp64_logits_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="finished losses are fp32 on CUDA"):
+        route_topk(torch.randn(4, 8, dtype=torch.float64, device="cuda"), top_k=2, loss_coeffs=(1.0, 1.0), **LOSSES)

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from moe_layer.ops import route_topk as module
+from moe_layer.ops import route_topk_bwd as backward_module
 from moe_layer.ops.capacity import apply_capacity
 from moe_layer.ops.route_topk import RouteTopk
 from tests.ops.router_cases import ALL_OUTPUTS, bias_of, options
 from tests.ops.test_route_topk import RULES
 
 DEFAULTS: dict[str, Any] = {"weights_mode": "straight_through", "aux_counts": "live"} | ALL_OUTPUTS
+DEFAULTS |= {"want_losses": False, "aux_coeff": 1.0, "z_coeff": 1.0}
 
 
 def run_reference(logits: Tensor, rule: Any, inputs: dict[str, Tensor], grads: list[Tensor]) -> tuple[Any, ...]:
@@ -24,7 +26,7 @@ def run_reference(logits: Tensor, rule: Any, inputs: dict[str, Tensor], grads: l
     out = RouteTopk(*module._op._init_fn(logits, inputs.get("bias"), *(inputs[name] for name in names), **given))
     kept = ("score_function", "softmax_order", "renormalize", "scaling_factor", "weights_mode")
     rest = {name: given[name] for name in kept}
-    d_logits = module._bwd_op._init_fn(*grads, logits, out.ids, inputs["replay_ids"], inputs["cu_seqlens"], **rest)
+    d_logits = backward_module._op._init_fn(*grads, logits, out.ids, inputs["replay_ids"], inputs["cu_seqlens"], **rest)
     return (*out, d_logits)
 
 

@@ -51,6 +51,7 @@ def test_opcheck(name: str, everything: bool) -> None:
         "score_function": "softmax", "softmax_order": "post", "renormalize": True, "scaling_factor": 1.0,
         "num_groups": 0, "group_topk": 0, "group_rule": "sum_top2", "weights_mode": "live", "aux_counts": "none",
         "want_z": False, "want_probs": False, "want_scores": False, "map_format": "none",
+        "want_losses": False, "aux_coeff": 0.1, "z_coeff": 0.2,
     }  # fmt: skip
     options |= VARIANTS[name]
     top_k = options["top_k"]
@@ -64,6 +65,8 @@ def test_opcheck(name: str, everything: bool) -> None:
     torch.library.opcheck(torch.ops.moe_layer.route_topk.default, args, options)
     buffer = torch.zeros(5, top_k, dtype=torch.int16)
     torch.library.opcheck(torch.ops.moe_layer.route_topk_into.default, (logits.detach(), *args[1:], buffer), options)
+    finished = options | {"aux_counts": "live", "want_losses": True}
+    torch.library.opcheck(torch.ops.moe_layer.route_topk.default, (*args[:5], None), finished)
 
     kept = {
         key: options[key]
