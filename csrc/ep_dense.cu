@@ -1,9 +1,10 @@
 // Dense push: all rows [T, D] of a rank into each peer's window by copy engine, token t as row t, in a few pieces with a
-// flag behind each. It needs no routing and no multiprocessor. Twins of ep_open and ep_push_rows in moe_layer/ops/ep.py.
+// flag behind each. It needs no routing, and multiprocessors only to encode. Twin of ep_push_rows in
+// moe_layer/ops/ep_dense.py.
 //
-// Order of a piece: the copies to all peers on the copy stream, an event, then a kernel of one warp on the current stream
-// that publishes the flags. So the next copies do not wait for the flags. A copy is over for what follows it in stream
-// order when its bytes are visible at the peer; the kernel's system fence and release store come after that.
+// Two streams take the pieces in turn, each one after the other: encode, copy to all peers, flags. What one of them does
+// between two copies, 4 to 8 us on an H200, does not leave the link idle: the other one copies. A copy is over for what
+// follows it in stream order when its bytes are visible at the peer; the release store of the flags comes after that.
 
 #include "ep.cuh"
 #include "ep_fp8.cuh"
@@ -27,7 +28,7 @@ __global__ void ep_open_kernel(EpTrip trip) {
 __global__ void ep_publish_kernel(EpTrip trip, int chunk) {
   if (trip.failed()) return;
   const int peer = threadIdx.x;
-  if (peer < trip.ranks && peer != trip.me) publish(trip, peer, chunk, trip.epoch(kSent));
+  if (peer < trip.ranks && peer != trip.me) store_release_sys(trip.flag(peer, trip.me, chunk), trip.epoch(kSent));
 }
 
 __global__ void __launch_bounds__(kThreads, 2)
@@ -39,74 +40,83 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-void ep_open(const Tensor& peers, Tensor state, const Tensor& words) {
-  const DeviceGuard guard(state.get_device_index());
-  const EpTrip trip = read_trip(peers, state, words);
-  ep_open_kernel<<<1, kMostRanks, 0, current_stream(state)>>>(trip);
-  MOE_LAUNCH_CHECK();
-}
+// Lets streams wait for what others hold now.
+class Order {
+ public:
+  Order() { STD_CUDA_CHECK(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming)); }
+  ~Order() { cudaEventDestroy(event_); }  // what was recorded stays
+  Order(const Order&) = delete;
+  Order& operator=(const Order&) = delete;
+  void operator()(cudaStream_t waiting, cudaStream_t other) const {
+    if (waiting == other) return;
+    STD_CUDA_CHECK(cudaEventRecord(event_, other));
+    STD_CUDA_CHECK(cudaStreamWaitEvent(waiting, event_, 0));
+  }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
 
 void ep_push_rows(
     const Tensor& peers, Tensor state, const Tensor& rows, std::optional<Tensor> encoded, const Tensor& words,
-    const Tensor& addresses, int64_t copy_stream) {
+    const Tensor& addresses, int64_t words_stream, int64_t first_stream, int64_t second_stream) {
   const DeviceGuard guard(state.get_device_index());
   check_tensor(rows, "rows", rows.scalar_type(), 2);
   const EpTrip trip = read_trip(peers, state, words);
   check_width(trip, rows, "rows", encoded.has_value());
-  const int64_t T = rows.size(0);
+  const int64_t T = rows.size(0), pieces = ceil_div<int64_t>(T, trip.chunk_rows);
   STD_TORCH_CHECK(T <= trip.max_rows, "rows are ", T, ", the window holds ", trip.max_rows);
   STD_TORCH_CHECK(trip.width * trip.max_rows <= trip.data_block, "the window has no room for rows of ", trip.width);
   STD_TORCH_CHECK(
       !addresses.is_cuda() && addresses.scalar_type() == ScalarType::Long && addresses.numel() == trip.ranks,
       "addresses must be an int64 CPU tensor with one address for each of the ", trip.ranks, " ranks");
-  const int64_t pieces = ceil_div<int64_t>(T, trip.chunk_rows);
   STD_TORCH_CHECK(pieces <= trip.max_chunks, "the window has no flags for ", pieces, " pieces");
-  const cudaStream_t stream = current_stream(state);
-  const cudaStream_t copies = copy_stream != 0 ? reinterpret_cast<cudaStream_t>(copy_stream) : stream;
-  const uint8_t* source = static_cast<const uint8_t*>(rows.const_data_ptr());
+  uint8_t* coded = nullptr;
   if (encoded.has_value()) {
     check_tensor(*encoded, "encoded", ScalarType::Byte, 2);
     check_size(*encoded, "encoded", 0, T);
     check_size(*encoded, "encoded", 1, trip.width);
-    uint8_t* to = static_cast<uint8_t*>(encoded->mutable_data_ptr());
-    const int64_t wanted = ceil_div<int64_t>(T, kThreads / kWarp), most = 2 * sm_count(state.get_device_index());
-    if (T > 0) {
+    coded = static_cast<uint8_t*>(encoded->mutable_data_ptr());
+  }
+  const cudaStream_t current = current_stream(state);
+  const auto stream_of = [&](int64_t handle) { return handle != 0 ? reinterpret_cast<cudaStream_t>(handle) : current; };
+  const cudaStream_t streams[2] = {stream_of(first_stream), stream_of(second_stream)};
+  const Order order;
+  order(streams[0], current);
+  ep_open_kernel<<<1, kMostRanks, 0, streams[0]>>>(trip);
+  MOE_LAUNCH_CHECK();
+  order(stream_of(words_stream), streams[0]);
+  order(streams[1], streams[0]);
+
+  const uint8_t* from = static_cast<const uint8_t*>(rows.const_data_ptr());
+  const int64_t row_bytes = rows.size(1) * static_cast<int64_t>(rows.element_size());
+  const int64_t* windows = in_ptr<int64_t>(addresses);
+  const int64_t most = 2 * sm_count(state.get_device_index());
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    const cudaStream_t stream = streams[piece % 2];
+    const int64_t first = piece * trip.chunk_rows, left = T - first,
+                  count = left < trip.chunk_rows ? left : trip.chunk_rows;
+    const uint8_t* source = coded != nullptr ? coded + first * trip.width : from + first * row_bytes;
+    if (coded != nullptr) {
+      const int64_t wanted = ceil_div<int64_t>(count, kThreads / kWarp);
       ep_encode_kernel<<<static_cast<int>(wanted < most ? wanted : most), kThreads, 0, stream>>>(
-          reinterpret_cast<const uint4*>(source), to, T, rows.size(1) / 8, trip.width);
+          reinterpret_cast<const uint4*>(from + first * row_bytes), coded + first * trip.width, count, rows.size(1) / 8,
+          trip.width);
       MOE_LAUNCH_CHECK();
     }
-    source = to;
-  }
-  cudaEvent_t event;  // recorded again and again: a wait means the record before it
-  STD_CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
-  const auto follow = [&](cudaStream_t waiting, cudaStream_t other) {
-    if (waiting == other) return;
-    STD_CUDA_CHECK(cudaEventRecord(event, other));
-    STD_CUDA_CHECK(cudaStreamWaitEvent(waiting, event, 0));
-  };
-  const int64_t* to = in_ptr<int64_t>(addresses);
-  follow(copies, stream);
-  for (int64_t piece = 0; piece < pieces; ++piece) {
-    const int64_t first = piece * trip.chunk_rows, left = T - first;
-    const int64_t bytes = (left < trip.chunk_rows ? left : trip.chunk_rows) * trip.width;
     for (int i = 1; i < trip.ranks; ++i) {
       const int peer = (trip.me + i) % trip.ranks;  // nearest first, so that no link is hit by all
-      uint8_t* target = reinterpret_cast<uint8_t*>(to[peer]) + trip.data + trip.me * trip.data_block;
+      const int64_t target = windows[peer] + trip.data + trip.me * trip.data_block + first * trip.width;
       STD_CUDA_CHECK(cudaMemcpyAsync(
-          target + first * trip.width, source + first * trip.width, static_cast<size_t>(bytes), cudaMemcpyDefault,
-          copies));
+          reinterpret_cast<void*>(target), source, static_cast<size_t>(count * trip.width), cudaMemcpyDefault, stream));
     }
-    follow(stream, copies);
     ep_publish_kernel<<<1, kMostRanks, 0, stream>>>(trip, static_cast<int>(piece));
     MOE_LAUNCH_CHECK();
   }
-  STD_CUDA_CHECK(cudaEventDestroy(event));  // what was recorded stays
+  order(streams[0], streams[1]);
 }
 
 }  // namespace
 }  // namespace moe_layer
 
-STABLE_TORCH_LIBRARY_IMPL(moe_layer, CUDA, m) {
-  m.impl("ep_open", TORCH_BOX(&moe_layer::ep_open));
-  m.impl("ep_push_rows", TORCH_BOX(&moe_layer::ep_push_rows));
-}
+STABLE_TORCH_LIBRARY_IMPL(moe_layer, CUDA, m) { m.impl("ep_push_rows", TORCH_BOX(&moe_layer::ep_push_rows)); }

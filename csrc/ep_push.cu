@@ -69,7 +69,7 @@ __device__ __forceinline__ int32_t read_word(const PushArgs& args, int64_t token
   return args.meta1[token * args.words1 + w];
 }
 
-// Headers and words of a dense push, a warp for a row's: ep_open took the slot, ep_push_rows sends the rows. Behind a full
+// Headers and words of a dense push, a warp for a row's: ep_push_rows took the slot and sends the rows. Behind a full
 // link the words take long to arrive: receivers begin with their own rows, for which the counts suffice.
 __global__ void __launch_bounds__(kCopyThreads) ep_words_kernel(PushArgs args) {
   const EpTrip& trip = args.trip;

@@ -32,7 +32,7 @@ from moe_layer.ops import ep
 
 _ALIGN = 256
 _MAGIC = zlib.crc32(b"moe_layer window 4") & 0x7FFFFFFF
-_PIECES, _PIECE_BYTES = 8, 8 * 2**20  # of a dense push: at most so many copies, none smaller
+_PIECES, _PIECE_BYTES = 8, 4 * 2**20  # of a dense push: at most so many copies, none smaller
 _ROOM = ("max_tokens", "row_bytes", "meta_words", "depth", "experts")  # the sizes of a window, in their order
 
 
@@ -146,14 +146,6 @@ class Trip:
             self.window.free[self.slot >= self.window.size.depth].append(self.slot)
 
 
-@dataclass(frozen=True)
-class CopyStreams:
-    """Streams of dense pushes: the copies one after the other; the flags behind them."""
-
-    copies: Any
-    flags: Any
-
-
 class Window:
     """This rank's window and the addresses of all."""
 
@@ -168,7 +160,8 @@ class Window:
         on_gpu = self.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.device, priority=-1) if on_gpu else None
         self._events: dict[int, Any] = {}  # by slot: what a send waits for, and its end
-        self.copies: CopyStreams | None = None  # where dense pushes run, made by the first one
+        self.copies: list[Any] = []  # streams of dense pushes, made by the first one
+        self._copied: dict[int, Any] = {}  # by slot: the end of its copies
 
     def begin(self, at: Position, *, width: int, link: Link, home: bool, dense: bool = False) -> Trip:
         """Take a slot for a trip of rows of `width` bytes; `dense`: for `push_rows`.
@@ -186,8 +179,8 @@ class Window:
         slot = free.pop(0)
         if slot in self._abandoned:
             # Its copies may still fly, and must not overwrite what comes next. (A capture begins when all is done.)
-            if self.copies is not None and not torch.cuda.is_current_stream_capturing():
-                torch.cuda.current_stream(self.device).wait_stream(self.copies.flags)
+            if self.copies and not torch.cuda.is_current_stream_capturing():
+                torch.cuda.current_stream(self.device).wait_stream(self.copies[0])
             ep.ep_skip(self.peers, self.state, self._abandoned.pop(slot))
         of_trip = (
             width,
@@ -223,22 +216,18 @@ class Window:
 
     def push_rows(self, trip: Trip, rows: Tensor, encoded: Tensor | None) -> None:
         """Begin a dense trip with its rows; its words follow by `send`. See `ep_push_rows`."""
-        args: dict[str, Any] = {"encoded": encoded, "addresses": self.addresses}
-        if self.stream is None:
-            ep.ep_open(self.peers, self.state, trip.words)
-            ep.ep_push_rows(self.peers, self.state, rows, trip.words, **args)
-            return
-        if self.copies is None:
-            self.copies = CopyStreams(torch.cuda.Stream(self.device), torch.cuda.Stream(self.device, priority=-1))
-        copies, flags = self.copies.copies, self.copies.flags
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            ep.ep_open(self.peers, self.state, trip.words)
-        flags.wait_stream(self.stream)
-        with torch.cuda.stream(flags):
-            ep.ep_push_rows(self.peers, self.state, rows, trip.words, **args, copy_stream=copies.cuda_stream)
-            trip.copied = flags.record_event()
-        trip.held += [tensor for tensor in (rows, encoded) if tensor is not None]
+        streams = (0, 0, 0)
+        if self.stream is not None:
+            if not self.copies:
+                self.copies = [torch.cuda.Stream(self.device, priority=-1) for _ in range(2)]
+            streams = (self.stream.cuda_stream, self.copies[0].cuda_stream, self.copies[1].cuda_stream)
+            trip.held += [tensor for tensor in (rows, encoded) if tensor is not None]
+        ep.ep_push_rows(
+            self.peers, self.state, rows, trip.words, encoded=encoded, addresses=self.addresses, streams=streams
+        )
+        if self.copies:
+            trip.copied = self._copied.setdefault(trip.slot, torch.cuda.Event())
+            trip.copied.record(self.copies[0])
 
     def take(
         self, trip: Trip, rows: Tensor, tokens_RS: Tensor, base_R1: Tensor, counts_R: Tensor, **options: Any
@@ -268,9 +257,8 @@ class Window:
     def _release(self, held: list[Tensor]) -> None:
         """Let the allocator wait for the send before it gives this memory away."""
         if self.stream is not None:
-            streams = [self.stream] if self.copies is None else [self.stream, self.copies.copies, self.copies.flags]
             for tensor in held:
-                for stream in streams:
+                for stream in (self.stream, *self.copies):
                     tensor.record_stream(stream)
 
     def check(self, link: Link, state: list[int] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The expert-parallel trips over memory that every rank can reach: eleven ops, each with a CPU body.
+"""The expert-parallel trips over memory that every rank can reach: ten ops, each with a CPU body.
 
 The bodies are the protocol's readable model: they work on raw addresses (`peers`), so threads of one process or
 processes that share memory can play the ranks, and csrc/ep_*.cu are their twins over NVLink. What lies where, and the
@@ -10,7 +10,7 @@ A trip moves rows from every rank to every rank through one *slot* of the window
              receiver's window: counts and a header, the rows with a few words each (`meta`); after each chunk a flag.
     receiver waits for the header and compares it with its own; reads rows as their flags come; gives the credit back.
 
-In a *dense* push the rows go first, all of them, token t as row t (`ep_open`, `ep_push_rows`); the words that say which
+In a *dense* push the rows go first, all of them, token t as row t (`ep_push_rows`); the words that say which
 ones are needed follow (`ep_push(dense=True)`).
 
 Flags are epochs: the number of trips made through the slot, counted in `state` on the device, so that nothing is reset
@@ -24,7 +24,7 @@ The model of a trip is ep_model.py; the ops are in ep_send, ep_dense, ep_arrange
 """
 
 from moe_layer.ops.ep_arrange import Arranged, ep_arrange, ep_await
-from moe_layer.ops.ep_dense import ep_open, ep_push_rows
+from moe_layer.ops.ep_dense import ep_push_rows
 from moe_layer.ops.ep_expand import Expanded, ep_expand
 from moe_layer.ops.ep_model import (
     BAD_COUNT,
@@ -60,7 +60,6 @@ __all__ = [
     "ep_await",
     "ep_expand",
     "ep_home",
-    "ep_open",
     "ep_plan",
     "ep_push",
     "ep_push_rows",

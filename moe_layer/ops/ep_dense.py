@@ -1,5 +1,5 @@
 """Dense push, see moe_layer/ops/ep.py: all rows of a rank go to every peer, token t as row t, before anybody knows
-which of them are needed: `ep_open`, `ep_push_rows`. The words that say so follow by `ep_push(dense=True)`.
+which of them are needed: `ep_push_rows`. The words that say so follow by `ep_push(dense=True)`.
 
 Shape letters: T tokens, R ranks.
 """
@@ -13,27 +13,6 @@ from moe_layer.ops._call import call_plain
 from moe_layer.ops.ep_model import Failed, Trip, as_bytes, encoded_rows
 
 
-def ep_open(peers: Tensor, state: Tensor, trip: Tensor) -> None:
-    """Begin a dense trip: wait until every peer has read the slot's last one, and count this one as sent.
-
-    What comes after cannot be held back on a GPU. A rank that must go on without its credits notes that in all windows:
-    `ep_take` looks there once it has read, and fails instead of trusting rows that may have been overwritten.
-    """
-    call_plain(torch.ops.moe_layer.ep_open, peers, state, trip)
-
-
-@torch.library.custom_op("moe_layer::ep_open", mutates_args=("state",))
-def _ep_open(peers: Tensor, state: Tensor, trip: Tensor) -> None:
-    t = Trip(peers, state, trip)
-    try:
-        t.start()
-        t.wait_credits()
-    except Failed:
-        t.give_up()
-        return
-    t.sent.add_(1)
-
-
 def ep_push_rows(
     peers: Tensor,
     state: Tensor,
@@ -42,18 +21,23 @@ def ep_push_rows(
     *,
     encoded: Tensor | None = None,
     addresses: Tensor,
-    copy_stream: int = 0,
+    streams: tuple[int, int, int] = (0, 0, 0),
 ) -> None:
-    """Copy all rows into each peer's window, `chunk_rows` of them under a flag; behind `ep_open` in stream order.
+    """Begin a dense trip: wait until every peer has read the slot's last one, count this one as sent, copy all rows
+    into each peer's window, `chunk_rows` of them under a flag.
+
+    Copies cannot be held back once they are in a CUDA stream. A rank that must go on without its credits notes that in
+    all windows: `ep_take` looks there once it has read, and fails instead of trusting rows that may be overwritten.
 
     Args:
         rows: `[T, width bytes]` contiguous, any dtype; with `encoded` bf16.
         encoded: uint8 `[T, width]`, written: e4m3 rows (ops/fp8_rows.py), which travel in place of `rows`.
         addresses: int64 on the CPU, the same as `peers`: copies are issued by the host.
-        copy_stream: handle of the CUDA stream on which the copy engines work; 0: the current one.
+        streams: handles of CUDA streams, 0: the current one. The stream of the words, which then waits for the credits;
+            the two that take the pieces in turn, of which the first one waits for the other's last.
     """
     op = torch.ops.moe_layer.ep_push_rows
-    call_plain(op, peers, state, rows, encoded, trip, addresses, copy_stream)
+    call_plain(op, peers, state, rows, encoded, trip, addresses, *streams)
 
 
 @torch.library.custom_op("moe_layer::ep_push_rows", mutates_args=("state", "encoded"))
@@ -64,12 +48,17 @@ def _ep_push_rows(
     encoded: Tensor | None,
     trip: Tensor,
     addresses: Tensor,
-    copy_stream: int,
+    words_stream: int,
+    first_stream: int,
+    second_stream: int,
 ) -> None:
     t = Trip(peers, state, trip)
     try:
         t.start()
+        t.wait_credits()
     except Failed:
+        t.give_up()
         return
+    t.sent.add_(1)
     source = as_bytes(rows) if encoded is None else encoded.copy_(encoded_rows(rows, t.width))
     t.send_rows(lambda peer, count: source, [rows.shape[0]] * t.ranks, epoch=t.sent)

@@ -26,7 +26,7 @@ TRIP_WORDS = (
     "chunk_rows",
     "max_chunks",
     # byte offset, the same in all slots: a word a source, not 0 once that rank's rows have overflowed, then a word a
-    # source, not 0 once that rank went on without a credit (ep_open)
+    # source, not 0 once that rank went on without a credit (ep_push_rows)
     "fault",
     "deadline_ns",
     "width",  # bytes of a row on this trip; this and the next five are compared between the ranks

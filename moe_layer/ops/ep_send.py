@@ -71,7 +71,7 @@ def ep_push(
         counts_E: int32, with the words: each rank gets those of its own experts, before any row.
         blocks: thread blocks, which is the number of multiprocessors that the send occupies at most; 0: as many as
             serve the link.
-        dense: headers and words alone, of a trip that `ep_open` began: `ep_push_rows` sends the rows.
+        dense: headers and words alone, of a trip that `ep_push_rows` began.
     """
     op = torch.ops.moe_layer.ep_push
     call_plain(op, peers, state, rows, tokens_RS, counts_R, meta0, places, meta1, counts_E, trip, blocks, fp8, dense)

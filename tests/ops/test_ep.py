@@ -81,8 +81,7 @@ def test_opcheck(window: Window, one: Link) -> None:
     )
     check(torch.ops.moe_layer.ep_skip.default, (*w, trip.words))
     dense = window.begin(one.at("dispatch"), width=4 * D, link=one, home=False, dense=True)
-    check(torch.ops.moe_layer.ep_open.default, (*w, dense.words))
-    check(torch.ops.moe_layer.ep_push_rows.default, (*w, x, None, dense.words, window.addresses, 0))
+    check(torch.ops.moe_layer.ep_push_rows.default, (*w, x, None, dense.words, window.addresses, 0, 0, 0))
 
 
 @dataclass
