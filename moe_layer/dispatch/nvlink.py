@@ -149,17 +149,21 @@ class NvlinkDispatcher(ExchangeDispatcher):
         x_scale: Tensor | None = None,
         begun: Any = None,
     ) -> tuple[Any, Tensor]:
-        if begun is not None and begun.of is not x_TD:
-            raise RoutingError("x is not the tensor that dispatch_begin was called with; pass the same one to both")
-        if x_scale is not None or not self._fused(x_TD):
+        if begun is not None and (begun.of is not x_TD or x_scale is not None):
+            raise RoutingError("x is not what dispatch_begin was called with; pass the same tensor to both, unscaled")
+        if begun is None and (x_scale is not None or not self._fused(x_TD)):
             if self.probs_at_home and x_scale is None:
                 window_for(self.link, self.window_size(x_TD.shape[1], x_TD.dtype))  # once, for all of its trips
             return super().dispatch_send(x_TD, routing, plan, num_tokens=num_tokens, x_scale=x_scale)
         routing = limit_tokens(routing, num_tokens, planned=plan is not None)
         plan = self.prepare(routing.ids_TK) if plan is None else plan
         self._check_input(x_TD, routing)
-        begun = self.dispatch_begin(x_TD) if begun is None else begun
-        window = window_for(self.link, self.window_size(x_TD.shape[1], x_TD.dtype))
+        if self.dense and begun is None:
+            begun = self.dispatch_begin(x_TD)
+        if begun is None:
+            window = window_for(self.link, self.window_size(x_TD.shape[1], x_TD.dtype))
+        else:
+            window = begun.trip.window
         lists = ep.ep_plan(plan.ids_TK, num_experts=self.num_experts, num_ranks=self.link.size)
         call = FusedCall(self, plan, window, x_TD.dtype, self._fp8(x_TD), *lists, dense=self.dense)
         if begun is not None:

@@ -76,7 +76,7 @@ def test_begun_with_another_x(ranks: ThreadRanks) -> None:
     def one(context: ParallelContext) -> None:
         d = make_dispatcher(_config(push="dense"), num_experts=8, top_k=2, context=context)
         begun = d.dispatch_begin(case.x_TD)
-        with pytest.raises(RoutingError, match="x is not the tensor that dispatch_begin was called with"):
+        with pytest.raises(RoutingError, match="x is not what dispatch_begin was called with"):
             d.dispatch(case.x_TD.clone(), Routing.from_ids(case.ids_TK, case.w_TK, num_experts=8), begun=begun)
         with pytest.raises(CapacityError, match=r"33 tokens exceed dispatch\.max_tokens_per_rank"):
             d.dispatch_begin(torch.zeros(33, 8))
