@@ -2,9 +2,10 @@
 // flag behind each. It needs no routing, and multiprocessors only to encode. Twin of ep_push_rows in
 // moe_layer/ops/ep_dense.py.
 //
-// Two streams take the pieces in turn, each one after the other: encode, copy to all peers, flags. What one of them does
-// between two copies, 4 to 8 us on an H200, does not leave the link idle: the other one copies. A copy is over for what
-// follows it in stream order when its bytes are visible at the peer; the release store of the flags comes after that.
+// One stream holds the copies, which follow each other; on the other one the flags of each wait for it. A copy is over for
+// what waits for it when its bytes are visible at the peer; the release store of the flags comes after that. Between two
+// copies the link is idle for 4 to 8 us, on an H200: the first copy is half of the rows, the next one half of what is
+// left, so that they are few and the receiver still has little to do when the last one arrives.
 
 #include "ep.cuh"
 #include "ep_fp8.cuh"
@@ -25,10 +26,12 @@ __global__ void ep_open_kernel(EpTrip trip) {
   }
 }
 
-__global__ void ep_publish_kernel(EpTrip trip, int chunk) {
+// The flags of the chunks [begin, end), which one copy brought.
+__global__ void ep_publish_kernel(EpTrip trip, int begin, int end) {
   if (trip.failed()) return;
   const int peer = threadIdx.x;
-  if (peer < trip.ranks && peer != trip.me) store_release_sys(trip.flag(peer, trip.me, chunk), trip.epoch(kSent));
+  if (peer >= trip.ranks || peer == trip.me) return;
+  for (int chunk = begin; chunk < end; ++chunk) store_release_sys(trip.flag(peer, trip.me, chunk), trip.epoch(kSent));
 }
 
 __global__ void __launch_bounds__(kThreads, 2)
@@ -40,18 +43,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// Lets streams wait for what others hold now.
-class Order {
+// An event that lasts as long as the call; waits for what it recorded stay.
+class Event {
  public:
-  Order() { STD_CUDA_CHECK(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming)); }
-  ~Order() { cudaEventDestroy(event_); }  // what was recorded stays
-  Order(const Order&) = delete;
-  Order& operator=(const Order&) = delete;
-  void operator()(cudaStream_t waiting, cudaStream_t other) const {
-    if (waiting == other) return;
-    STD_CUDA_CHECK(cudaEventRecord(event_, other));
-    STD_CUDA_CHECK(cudaStreamWaitEvent(waiting, event_, 0));
-  }
+  Event() { STD_CUDA_CHECK(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming)); }
+  ~Event() { cudaEventDestroy(event_); }
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+  void record(cudaStream_t stream) const { STD_CUDA_CHECK(cudaEventRecord(event_, stream)); }
+  void hold(cudaStream_t stream) const { STD_CUDA_CHECK(cudaStreamWaitEvent(stream, event_, 0)); }
 
  private:
   cudaEvent_t event_ = nullptr;
@@ -59,61 +59,62 @@ class Order {
 
 void ep_push_rows(
     const Tensor& peers, Tensor state, const Tensor& rows, std::optional<Tensor> encoded, const Tensor& words,
-    const Tensor& addresses, int64_t words_stream, int64_t first_stream, int64_t second_stream) {
+    const Tensor& addresses, int64_t words_stream, int64_t flags_stream, int64_t copies_stream) {
   const DeviceGuard guard(state.get_device_index());
   check_tensor(rows, "rows", rows.scalar_type(), 2);
   const EpTrip trip = read_trip(peers, state, words);
   check_width(trip, rows, "rows", encoded.has_value());
-  const int64_t T = rows.size(0), pieces = ceil_div<int64_t>(T, trip.chunk_rows);
+  const int64_t T = rows.size(0), chunks = ceil_div<int64_t>(T, trip.chunk_rows);
   STD_TORCH_CHECK(T <= trip.max_rows, "rows are ", T, ", the window holds ", trip.max_rows);
   STD_TORCH_CHECK(trip.width * trip.max_rows <= trip.data_block, "the window has no room for rows of ", trip.width);
   STD_TORCH_CHECK(
       !addresses.is_cuda() && addresses.scalar_type() == ScalarType::Long && addresses.numel() == trip.ranks,
       "addresses must be an int64 CPU tensor with one address for each of the ", trip.ranks, " ranks");
-  STD_TORCH_CHECK(pieces <= trip.max_chunks, "the window has no flags for ", pieces, " pieces");
-  uint8_t* coded = nullptr;
+  STD_TORCH_CHECK(chunks <= trip.max_chunks, "the window has no flags for ", chunks, " chunks");
   if (encoded.has_value()) {
     check_tensor(*encoded, "encoded", ScalarType::Byte, 2);
     check_size(*encoded, "encoded", 0, T);
     check_size(*encoded, "encoded", 1, trip.width);
-    coded = static_cast<uint8_t*>(encoded->mutable_data_ptr());
   }
   const cudaStream_t current = current_stream(state);
   const auto stream_of = [&](int64_t handle) { return handle != 0 ? reinterpret_cast<cudaStream_t>(handle) : current; };
-  const cudaStream_t streams[2] = {stream_of(first_stream), stream_of(second_stream)};
-  const Order order;
-  order(streams[0], current);
-  ep_open_kernel<<<1, kMostRanks, 0, streams[0]>>>(trip);
+  const cudaStream_t flags = stream_of(flags_stream), copies = stream_of(copies_stream);
+  const Event event;  // recorded again and again: a wait means the record before it
+  const auto follow = [&](cudaStream_t waiting, cudaStream_t other) {
+    if (waiting != other) event.record(other), event.hold(waiting);
+  };
+  follow(flags, current);
+  ep_open_kernel<<<1, kMostRanks, 0, flags>>>(trip);
   MOE_LAUNCH_CHECK();
-  order(stream_of(words_stream), streams[0]);
-  order(streams[1], streams[0]);
+  follow(stream_of(words_stream), flags);
 
-  const uint8_t* from = static_cast<const uint8_t*>(rows.const_data_ptr());
-  const int64_t row_bytes = rows.size(1) * static_cast<int64_t>(rows.element_size());
-  const int64_t* windows = in_ptr<int64_t>(addresses);
-  const int64_t most = 2 * sm_count(state.get_device_index());
-  for (int64_t piece = 0; piece < pieces; ++piece) {
-    const cudaStream_t stream = streams[piece % 2];
-    const int64_t first = piece * trip.chunk_rows, left = T - first,
-                  count = left < trip.chunk_rows ? left : trip.chunk_rows;
-    const uint8_t* source = coded != nullptr ? coded + first * trip.width : from + first * row_bytes;
-    if (coded != nullptr) {
-      const int64_t wanted = ceil_div<int64_t>(count, kThreads / kWarp);
-      ep_encode_kernel<<<static_cast<int>(wanted < most ? wanted : most), kThreads, 0, stream>>>(
-          reinterpret_cast<const uint4*>(from + first * row_bytes), coded + first * trip.width, count, rows.size(1) / 8,
-          trip.width);
+  const uint8_t* source = static_cast<const uint8_t*>(rows.const_data_ptr());
+  if (encoded.has_value()) {
+    const int64_t wanted = ceil_div<int64_t>(T, kThreads / kWarp), most = 2 * sm_count(state.get_device_index());
+    uint8_t* to = static_cast<uint8_t*>(encoded->mutable_data_ptr());
+    if (T > 0) {
+      ep_encode_kernel<<<static_cast<int>(wanted < most ? wanted : most), kThreads, 0, flags>>>(
+          reinterpret_cast<const uint4*>(source), to, T, rows.size(1) / 8, trip.width);
       MOE_LAUNCH_CHECK();
     }
+    source = to;
+  }
+  follow(copies, flags);
+  const int64_t* windows = in_ptr<int64_t>(addresses);
+  for (int64_t begin = 0, end = 0; begin < chunks; begin = end) {
+    end = begin + (chunks - begin > 1 ? (chunks - begin) / 2 : 1);
+    const int64_t first = begin * trip.chunk_rows, last = end * trip.chunk_rows < T ? end * trip.chunk_rows : T;
     for (int i = 1; i < trip.ranks; ++i) {
       const int peer = (trip.me + i) % trip.ranks;  // nearest first, so that no link is hit by all
       const int64_t target = windows[peer] + trip.data + trip.me * trip.data_block + first * trip.width;
       STD_CUDA_CHECK(cudaMemcpyAsync(
-          reinterpret_cast<void*>(target), source, static_cast<size_t>(count * trip.width), cudaMemcpyDefault, stream));
+          reinterpret_cast<void*>(target), source + first * trip.width,
+          static_cast<size_t>((last - first) * trip.width), cudaMemcpyDefault, copies));
     }
-    ep_publish_kernel<<<1, kMostRanks, 0, stream>>>(trip, static_cast<int>(piece));
+    follow(flags, copies);
+    ep_publish_kernel<<<1, kMostRanks, 0, flags>>>(trip, static_cast<int>(begin), static_cast<int>(end));
     MOE_LAUNCH_CHECK();
   }
-  order(streams[0], streams[1]);
 }
 
 }  // namespace

@@ -160,7 +160,7 @@ class Window:
         on_gpu = self.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.device, priority=-1) if on_gpu else None
         self._events: dict[int, Any] = {}  # by slot: what a send waits for, and its end
-        self.copies: list[Any] = []  # streams of dense pushes, made by the first one
+        self.copies: list[Any] = []  # of dense pushes, made by the first one: streams of the flags, of the copies
         self._copied: dict[int, Any] = {}  # by slot: the end of its copies
 
     def begin(self, at: Position, *, width: int, link: Link, home: bool, dense: bool = False) -> Trip:
@@ -219,7 +219,7 @@ class Window:
         streams = (0, 0, 0)
         if self.stream is not None:
             if not self.copies:
-                self.copies = [torch.cuda.Stream(self.device, priority=-1) for _ in range(2)]
+                self.copies = [torch.cuda.Stream(self.device, priority=priority) for priority in (-1, 0)]
             streams = (self.stream.cuda_stream, self.copies[0].cuda_stream, self.copies[1].cuda_stream)
             trip.held += [tensor for tensor in (rows, encoded) if tensor is not None]
         ep.ep_push_rows(

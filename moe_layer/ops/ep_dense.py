@@ -24,7 +24,7 @@ def ep_push_rows(
     streams: tuple[int, int, int] = (0, 0, 0),
 ) -> None:
     """Begin a dense trip: wait until every peer has read the slot's last one, count this one as sent, copy all rows
-    into each peer's window, `chunk_rows` of them under a flag.
+    into each peer's window, `chunk_rows` of them under a flag, first half of them, then half of what is left.
 
     Copies cannot be held back once they are in a CUDA stream. A rank that must go on without its credits notes that in
     all windows: `ep_take` looks there once it has read, and fails instead of trusting rows that may be overwritten.
@@ -34,7 +34,7 @@ def ep_push_rows(
         encoded: uint8 `[T, width]`, written: e4m3 rows (ops/fp8_rows.py), which travel in place of `rows`.
         addresses: int64 on the CPU, the same as `peers`: copies are issued by the host.
         streams: handles of CUDA streams, 0: the current one. The stream of the words, which then waits for the credits;
-            the two that take the pieces in turn, of which the first one waits for the other's last.
+            that of the flags, which is the last to end; that of the copies.
     """
     op = torch.ops.moe_layer.ep_push_rows
     call_plain(op, peers, state, rows, encoded, trip, addresses, *streams)
@@ -49,8 +49,8 @@ def _ep_push_rows(
     trip: Tensor,
     addresses: Tensor,
     words_stream: int,
-    first_stream: int,
-    second_stream: int,
+    flags_stream: int,
+    copies_stream: int,
 ) -> None:
     t = Trip(peers, state, trip)
     try:
