@@ -2,7 +2,7 @@
 
 Each part has a gradient of every weight. Autograd would hold two of them at once and write their sum out of place; here
 the backward of each part adds to one tensor, inside the GEMM where the backend can, and the part that runs last returns
-it. Precision: a sum in bf16 is rounded once more by every part; sums in fp32 and in a `main_grad` are not.
+it. Precision: every part rounds a sum in bf16 again; sums in fp32 and in a `main_grad` are not rounded.
 """
 
 from __future__ import annotations
