@@ -170,7 +170,8 @@ class MoELayer(nn.Module):
         x_TD = x if x.ndim == 2 else rearrange(x, "... d -> (...) d")
         valid_T = None if valid is None else valid.reshape(-1)
         late = LateProduct() if x.is_cuda and not torch.compiler.is_compiling() else None
-        routed_TD, shared_TD, gate_TD = fan_out(x_TD, 3, late)
+        routed_TD, *others, gate_TD = fan_out(x_TD, 2 if self.shared_expert is None else 3, late)
+        shared_TD = others[0] if others else routed_TD
 
         whole = self.config.dispatch.chunks == 1
         begun = self.dispatcher.dispatch_begin(routed_TD) if whole else None
@@ -278,10 +279,11 @@ class MoELayer(nn.Module):
             raise RoutingError(f"x must be [..., {hidden}] (hidden_size), got {tuple(x.shape)}")
         if not x.is_floating_point():
             raise RoutingError(f"x must be floating, got {x.dtype}; embed token ids first")
-        if self.router.weight.is_meta:
+        weight = self.router.weight
+        if weight.is_meta:
             raise RoutingError('the layer is on device "meta"; call to_empty(device=...) and reset_parameters() first')
-        if x.device != self.router.weight.device:
-            raise RoutingError(f"x is on {x.device} and the layer on {self.router.weight.device}; move one of them")
+        if x.device != weight.device:
+            raise RoutingError(f"x is on {x.device} and the layer on {weight.device}; move one of them")
         if valid is not None and (valid.dtype != torch.bool or valid.shape != x.shape[:-1]):
             raise RoutingError(
                 f"valid must be bool {tuple(x.shape[:-1])} (True = real token), got {valid.dtype} {tuple(valid.shape)}"

@@ -85,9 +85,9 @@ class Dispatcher(Protocol):
 
 def wire_dtype(config: DispatchConfig, dtype: torch.dtype) -> torch.dtype:
     """Dtype in which pre-reduced rows travel home."""
-    return {"input": dtype, "bf16": torch.bfloat16, "fp32": torch.promote_types(dtype, torch.float32)}[
-        config.combine_format
-    ]
+    if config.combine_format == "input":
+        return dtype
+    return torch.bfloat16 if config.combine_format == "bf16" else torch.promote_types(dtype, torch.float32)
 
 
 def round_to_wire(values: Tensor, wire: torch.dtype) -> Tensor:

@@ -251,7 +251,7 @@ class DispatchRecv(torch.autograd.Function):
         d_rows, d_probs_N = aligned(d_rows), d_probs_N.contiguous()
         call.reduce_push("dispatch backward", d_rows, compact=compact, probs_N=d_probs_N)
         call.d_rows = (d_rows, d_probs_N)
-        return d_rows.new_zeros(0), None
+        return d_rows.new_empty(0), None
 
 
 class CombineSend(torch.autograd.Function):
@@ -295,7 +295,7 @@ class CombineRecv(torch.autograd.Function):
         d_y_TD = aligned(d_y_TD.to(call.dtype))
         call.push("combine backward", d_y_TD)
         call.d_y_TD = d_y_TD
-        return d_y_TD.new_zeros(0), d_add, None, None
+        return d_y_TD.new_empty(0), d_add, None, None
 
 
 @dataclass

@@ -160,6 +160,7 @@ class Window:
         on_gpu = self.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.device, priority=-1) if on_gpu else None
         self._events: dict[int, Any] = {}  # by slot: what a send waits for, and its end
+        self._words: dict[int, Any] = {}  # by slot: a trip's words, as tensor and as numpy array
         self.copies: list[Any] = []  # of dense pushes, made by the first one: streams of the flags, of the copies
         self._copied: dict[int, Any] = {}  # by slot: the end of its copies
 
@@ -192,7 +193,16 @@ class Window:
         )  # in the order of ep.COMPARED, with which the words of a trip end
         piece_rows = self.size.piece_rows(width) if dense else 0
         words = [*_slot_words(self.size, slot, self.rank, piece_rows), int(link.deadline_s * 1e9), *of_trip]
-        return Trip(self, slot, torch.tensor(words, dtype=torch.int64), at)
+        return Trip(self, slot, self._write(slot, words), at)
+
+    def _write(self, slot: int, words: list[int]) -> Tensor:
+        """The tensor of a slot's words, which only the ops of its trip read: made once, written through numpy."""
+        if slot not in self._words:
+            tensor = torch.empty(len(words), dtype=torch.int64)
+            self._words[slot] = tensor, tensor.numpy()
+        tensor, array = self._words[slot]
+        array[:] = words
+        return tensor
 
     def send(self, trip: Trip, op: Any, *args: Any, **options: Any) -> None:
         """Run an op of a send: on the window's own stream, so that computation goes on beside it.
@@ -209,8 +219,12 @@ class Window:
         begin, trip.sent = self._events[trip.slot]
         begin.record(trip.sender)
         self.stream.wait_event(begin)
-        with torch.cuda.stream(self.stream):
-            op(*args, **options)
+        with torch.cuda.device(self.stream.device_index):
+            torch.cuda.set_stream(self.stream)  # `with torch.cuda.stream` takes the host far longer
+            try:
+                op(*args, **options)
+            finally:
+                torch.cuda.set_stream(trip.sender)
         trip.sent.record(self.stream)
         trip.held += [value for value in (*args, *options.values()) if isinstance(value, Tensor) and value.is_cuda]
 

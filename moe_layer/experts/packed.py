@@ -116,14 +116,14 @@ def packed_experts(
     """
     owners = _owners(experts, shared)
     _main_grads(owners)
-    spec = experts.spec(received)
-    ints = (received.offsets_L1, received.counts_L, received.index_N, received.row_CK, received.ids_CK)
-    static = (spec, owners, received.link, sum_gradient, -x_TD.shape[0] % alignment, parts)
 
     def local() -> list[Tensor]:
         return [local_part(owner) for owner in owners]
 
     weights = local() if parts is None else parts.weights(local)
+    spec = experts.spec(received, weights[0])
+    ints = (received.offsets_L1, received.counts_L, received.index_N, received.row_CK, received.ids_CK)
+    static = (spec, owners, received.link, sum_gradient, -x_TD.shape[0] % alignment, parts)
     rows_ND, y_TD = _PackedExperts.apply(static, ints, received.rows, received.act_probs_N, x_TD, *weights)
     if received.link is not None:
         received.link.accept(rows_ND)

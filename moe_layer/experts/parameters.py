@@ -118,7 +118,7 @@ class Experts(nn.Module):
             )
 
         weights = local() if parts is None else parts.weights(local)
-        spec = self.spec(received)
+        spec = self.spec(received, weights.gate_up)
         layout = Layout(
             x=received.rows,
             index=received.index_N,
@@ -150,13 +150,13 @@ class Experts(nn.Module):
             )
         return experts_mlp(layout, weights, spec, parameters=parameters, link=received.link, parts=parts)
 
-    def spec(self, received: Received) -> ExpertsSpec:
-        """The static facts of a call on these rows, with the backend that will run it.
+    def spec(self, received: Received, gate_up: Tensor) -> ExpertsSpec:
+        """The static facts of a call on these rows, with the backend that will run it; `gate_up` is this rank's.
 
         Raises:
             TypeError, ValueError: see `forward`.
         """
-        config, dtype = self.config, self._check(received)
+        config, dtype = self.config, self._check(received, gate_up)
         return ExpertsSpec(
             backend=self._backend(received.rows.device, dtype),
             activation=config.activation,
@@ -201,9 +201,9 @@ class Experts(nn.Module):
             width=config.intermediate_size,
         )
 
-    def _check(self, received: Received) -> torch.dtype:
+    def _check(self, received: Received, matrix: Tensor) -> torch.dtype:
         """The GEMMs' dtype, after the checks of `forward`."""
-        rows, matrix = received.rows, local_part(self.gate_up_proj)
+        rows = received.rows
         num_local = received.offsets_L1.shape[0] - 1
         if rows.ndim != 2 or rows.shape[1] != self.hidden_size or num_local != matrix.shape[0]:
             raise ValueError(

@@ -69,9 +69,11 @@ def make_dispatchers(
 
 
 def make_step(layer: MoELayer, dispatcher: Any, x: torch.Tensor, upstream: torch.Tensor) -> Callable[[], None]:
+    parameters = list(layer.parameters())
+
     def step() -> None:
         layer.dispatcher = dispatcher
-        for parameter in layer.parameters():
+        for parameter in parameters:
             parameter.grad = None
         x.grad = None
         layer(x).backward(upstream)

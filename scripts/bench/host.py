@@ -7,6 +7,7 @@
 
 The device is idle when a step begins and is not waited for, so a figure is the host's alone, except where the call
 itself reads from the device (dropless dispatch over several ranks). Medians over `--runs`; the first rank reports.
+`one_thread`: backward on the calling thread (torch.autograd.set_multithreading_enabled(False)).
 """
 
 from __future__ import annotations
@@ -241,6 +242,7 @@ def prices(layer: MoELayer, x: torch.Tensor, upstream: torch.Tensor) -> dict[str
         quiet = {name: call for name, call in calls.items() if "backward" not in name and "forward" not in name}
         found = {name: price(call) for name, call in quiet.items()}
         found["experts forward"] = price(lambda: layer.experts(received), 12)
+    found["layer forward, again and again"] = price(lambda: layer(x), 8)
     return found | {name: price(call) for name, call in calls.items() if name not in quiet}
 
 
@@ -280,8 +282,11 @@ def work(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
         step = make_step(layer, dispatcher, x, upstream)
         for _ in range(5):
             step()
-        row: dict[str, Any] = {**about, "backend": name, "ms": step_ms(step, arguments.runs // 2)}
-        row["host_us"] = stages_of(layer, x, upstream, arguments.runs)
+        row: dict[str, Any] = {**about, "backend": name}
+        for threads, enabled in (("", True), ("_one_thread", False)):
+            with torch.autograd.set_multithreading_enabled(enabled):
+                row["ms" + threads] = step_ms(step, arguments.runs // 2)
+                row["host_us" + threads] = stages_of(layer, x, upstream, arguments.runs)
         if arguments.calls and ranks == 1:
             row["call_us"] = prices(layer, x, upstream)
         report = profile(step, arguments.profile) if arguments.profile else ""

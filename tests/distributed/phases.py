@@ -43,7 +43,8 @@ def open_windows(size: WindowSize, links: list[Link], memories: list[Tensor] | N
         words = ep.STATE_HEAD + 2 * size.depth * ep.SLOT_WORDS
         window.state = torch.zeros(words, dtype=torch.int32, device=device)
         window.free = ([*range(size.depth)], [*range(size.depth, 2 * size.depth)])
-        window._abandoned, window._events, window._copied, window.stream, window.copies = {}, {}, {}, None, []
+        window._abandoned, window._events, window._words, window._copied = {}, {}, {}, {}
+        window.stream, window.copies = None, []
         link.context.window = window
         windows.append(window)
     return windows
