@@ -29,6 +29,7 @@ from torch import Tensor
 from moe_layer.config.model import DispatchConfig
 from moe_layer.dispatch.route import row_bytes
 from moe_layer.errors import ConfigError, RoutingError
+from moe_layer.ops.cast import cast
 from moe_layer.ops.fp8_rows import BLOCK, fp8_decode, fp8_encode
 
 
@@ -79,7 +80,7 @@ class InputFormat:
         return [x_TD]
 
     def decode(self, payload: Sequence[Tensor], *, dtype: torch.dtype) -> Tensor:
-        return payload[0].to(dtype)
+        return cast(payload[0], dtype)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_layer.errors import ConfigError, RoutingError
+from moe_layer.ops.cast import cast
 from moe_layer.ops.dispatch_plan import dispatch_plan
 from moe_layer.types import DispatchPlan
 
@@ -22,7 +23,7 @@ def make_plan(ids_TK: Tensor, *, num_experts: int, num_ranks: int) -> DispatchPl
     if ids_TK.ndim != 2 or ids_TK.dtype not in (torch.int16, torch.int32, torch.int64):
         raise RoutingError(f"ids must be an integer [T, K] tensor, got {ids_TK.dtype} {tuple(ids_TK.shape)}")
     check_divisible(num_experts, num_ranks)
-    ids_TK = ids_TK.to(torch.int32)
+    ids_TK = cast(ids_TK, torch.int32)
     make = partial(dispatch_plan, ids_TK, num_experts=num_experts, num_ranks=num_ranks)
     return DispatchPlan(ids_TK, num_experts, num_ranks, make)
 
