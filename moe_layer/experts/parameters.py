@@ -16,6 +16,7 @@ from moe_layer.experts.autograd import experts_mlp
 from moe_layer.experts.backend import resolve
 from moe_layer.experts.parts import Parts
 from moe_layer.experts.spec import ExpertsSpec, Layout, Weights
+from moe_layer.parallel import compat
 from moe_layer.parallel.compat import broadcast
 from moe_layer.types import Received
 
@@ -28,7 +29,7 @@ def local_part(parameter: None) -> None: ...
 def local_part(parameter: Tensor | None) -> Tensor | None: ...
 def local_part(parameter: Tensor | None) -> Tensor | None:
     """This rank's slice of a DTensor parameter (differentiable), anything else unchanged."""
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return parameter if parameter is None or not hasattr(parameter, "to_local") else compat.local_part(parameter)
 
 
 class Experts(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from datetime import timedelta
 from typing import Any
 
@@ -65,6 +66,26 @@ def set_local(parameter: Tensor, value: Tensor) -> None:
         parameter._local_tensor = value  # type: ignore[attr-defined]
     else:
         parameter.data = value
+
+
+def local_part(parameter: Tensor) -> Tensor:
+    """A DTensor parameter's local tensor, differentiable once: `to_local()` at a third of its host time.
+
+    The gradient is given the parameter's own layout, where to_local() works it out again.
+    """
+    return parameter.to_local() if torch.compiler.is_compiling() else _LocalPart.apply(parameter)  # type: ignore[attr-defined]
+
+
+class _LocalPart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parameter: Any) -> Tensor:
+        ctx.make, ctx.spec = type(parameter), parameter._spec
+        return parameter._local_tensor.view_as(parameter._local_tensor)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return ctx.make(gradient.contiguous(), copy.copy(ctx.spec), requires_grad=False)
 
 
 def flat_mesh(mesh: Any) -> Any:
