@@ -32,8 +32,10 @@ from moe_layer.dispatch.exchange import ExchangeDispatcher
 from moe_layer.dispatch.formats import InputFormat, TokenFormat, format_for
 from moe_layer.dispatch.nvlink_call import (
     Begun,
+    Combine,
     CombineRecv,
     CombineSend,
+    Dispatch,
     DispatchRecv,
     DispatchSend,
     FusedCall,
@@ -149,12 +151,53 @@ class NvlinkDispatcher(ExchangeDispatcher):
         x_scale: Tensor | None = None,
         begun: Any = None,
     ) -> tuple[Any, Tensor]:
+        options = {"num_tokens": num_tokens, "x_scale": x_scale}
+        fused = self._fused_call(x_TD, routing, plan, **options, begun=begun)
+        if fused is None:
+            return super().dispatch_send(x_TD, routing, plan, **options)
+        call, weights_TK = fused
+        return call, DispatchSend.apply(x_TD, weights_TK, call)
+
+    @torch.compiler.disable(reason="dispatch over several ranks talks to its peers: a documented graph break")
+    def dispatch(
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        plan: DispatchPlan | None = None,
+        *,
+        num_tokens: Tensor | None = None,
+        x_scale: Tensor | None = None,
+        out: Tensor | None = None,
+        begun: Any = None,
+    ) -> Received:
+        options = {"num_tokens": num_tokens, "x_scale": x_scale}
+        fused = self._fused_call(x_TD, routing, plan, **options, begun=begun)
+        if fused is None:
+            return super().dispatch_recv(*super().dispatch_send(x_TD, routing, plan, **options), out=out)
+        call, weights_TK = fused
+        return deliver(self._received(call, *Dispatch.apply(x_TD, weights_TK, call)), out)
+
+    def _fused_call(
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        plan: DispatchPlan | None,
+        *,
+        num_tokens: Tensor | None,
+        x_scale: Tensor | None,
+        begun: Any,
+    ) -> tuple[FusedCall, Tensor] | None:
+        """A call of the fused ops and the weights that it sends; None where `ExchangeDispatcher` serves these options.
+
+        Raises:
+            RoutingError: shapes that do not fit, or another x than `dispatch_begin` was given.
+        """
         if begun is not None and (begun.of is not x_TD or x_scale is not None):
             raise RoutingError("x is not what dispatch_begin was called with; pass the same tensor to both, unscaled")
         if begun is None and (x_scale is not None or not self._fused(x_TD)):
             if self.probs_at_home and x_scale is None:
                 window_for(self.link, self.window_size(x_TD.shape[1], x_TD.dtype))  # once, for all of its trips
-            return super().dispatch_send(x_TD, routing, plan, num_tokens=num_tokens, x_scale=x_scale)
+            return None
         routing = limit_tokens(routing, num_tokens, planned=plan is not None)
         plan = self.prepare(routing.ids_TK) if plan is None else plan
         self._check_input(x_TD, routing)
@@ -168,26 +211,27 @@ class NvlinkDispatcher(ExchangeDispatcher):
         call = FusedCall(self, plan, window, x_TD.dtype, self._fp8(x_TD), *lists, dense=self.dense)
         if begun is not None:
             call.x_TD, call.trips["dispatch"] = begun.x_TD, begun.trip
-        return call, DispatchSend.apply(x_TD, routing.weights_TK, call)
+        return call, routing.weights_TK
 
     @torch.compiler.disable(reason="dispatch over several ranks talks to its peers: a documented graph break")
     def dispatch_recv(self, handle: Any, token: Tensor, *, out: Tensor | None = None) -> Received:
         if not isinstance(handle, FusedCall):
             return super().dispatch_recv(handle, token, out=out)
-        rows, probs_N, rank_C, token_C = DispatchRecv.apply(token, handle)
+        return deliver(self._received(handle, *DispatchRecv.apply(token, handle)), out)
+
+    def _received(self, handle: FusedCall, rows: Tensor, probs_N: Tensor, rank_C: Tensor, token_C: Tensor) -> Received:
         slot_N, ids_CK, row_CK, offsets_L1 = handle.slot_N, handle.ids_CK, handle.row_CK, handle.offsets_L1
         assert slot_N is not None and ids_CK is not None and row_CK is not None and offsets_L1 is not None
         assert handle.counts_L is not None and handle.index_N is not None
         index_N = handle.index_N if self.config.rows == "compact" else None
-        split = partial(self._split, ids_CK, rank_C)
-        received = Received(
+        return Received(
             rows=rows,
             index_N=index_N,
             probs_N=probs_N,
             act_probs_N=probs_N if self.config.apply_probs == "activation" else None,
             offsets_L1=offsets_L1,
             counts_L=handle.counts_L,
-            split=split,
+            split=partial(self._split, ids_CK, rank_C),
             first_expert=self.first_expert,
             src=partial(_sources, slot_N, rank_C, token_C, self.top_k),
             row_CK=row_CK,
@@ -198,7 +242,6 @@ class NvlinkDispatcher(ExchangeDispatcher):
             if index_N is not None and self.config.apply_probs == "activation"
             else None,
         )
-        return deliver(received, out)
 
     def _split(self, ids_CK: Tensor, rank_C: Tensor) -> Tensor:
         return split_counts(ids_CK - self.first_expert, rank_C, num_local=self.num_local, num_ranks=self.link.size)
@@ -208,12 +251,27 @@ class NvlinkDispatcher(ExchangeDispatcher):
         call = received.state
         if not isinstance(call, FusedCall):
             return super().combine_send(rows, received)
+        rows, link = self._outgoing(rows, received)
+        return (call, rows.detach()), CombineSend.apply(rows, call, link)
+
+    @torch.compiler.disable(reason="dispatch over several ranks talks to its peers: a documented graph break")
+    def combine(
+        self, rows: Tensor, received: Received, add: Tensor | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
+        call = received.state
+        if not isinstance(call, FusedCall):
+            return super().combine(rows, received, add, out=out)
+        rows, link = self._outgoing(rows, received)
+        y_TD = Combine.apply(rows, add, call, link)
+        return y_TD if out is None else into(y_TD, out, "out")
+
+    def _outgoing(self, rows: Tensor, received: Received) -> tuple[Tensor, GradientLink | None]:
+        """The experts' rows as they are summed, and the link of their gradient."""
         if self.config.apply_probs == "combine":
             wide = torch.promote_types(rows.dtype, torch.float32)
             rows = rows.to(wide) * received.probs_N.to(wide).unsqueeze(1)
         link = received.link if received.link is not None and received.link.accepted(rows) else None
-        rows = aligned(rows)
-        return (call, rows.detach()), CombineSend.apply(rows, call, link)
+        return aligned(rows), link
 
     @torch.compiler.disable(reason="dispatch over several ranks talks to its peers: a documented graph break")
     def combine_recv(

@@ -298,6 +298,31 @@ class CombineRecv(torch.autograd.Function):
         return d_y_TD.new_empty(0), d_add, None, None
 
 
+class Dispatch(torch.autograd.Function):
+    """Both halves in one node of the graph, which takes the host less than two."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, call: FusedCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return DispatchRecv.forward(ctx, DispatchSend.forward(ctx, x_TD, weights_TK, call), call)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        return DispatchSend.backward(ctx, DispatchRecv.backward(ctx, *gradients)[0])
+
+
+class Combine(torch.autograd.Function):
+    """Both halves in one node of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, add: Tensor | None, call: FusedCall, link: GradientLink | None) -> Tensor:
+        return CombineRecv.forward(ctx, CombineSend.forward(ctx, rows_ND, call, link), add, call, rows_ND)
+
+    @staticmethod
+    def backward(ctx: Any, d_y_TD: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        token, d_add, *_ = CombineRecv.backward(ctx, d_y_TD)
+        return CombineSend.backward(ctx, token)[0], d_add, None, None
+
+
 @dataclass
 class Begun:
     """A dense dispatch whose rows fly already, while their routing is not known: see `NvlinkDispatcher.dispatch_begin`.

@@ -52,10 +52,10 @@ FUNCTIONS = {
     "experts": ExpertsFunction,
     "fan_out": fan_out._FanOut,
     "sum": local._Sum,
-    "dispatch_send": nvlink_call.DispatchSend,
-    "dispatch_recv": nvlink_call.DispatchRecv,
-    "combine_send": nvlink_call.CombineSend,
-    "combine_recv": nvlink_call.CombineRecv,
+    "dispatch send": nvlink_call.DispatchSend,
+    "dispatch recv": nvlink_call.DispatchRecv,
+    "combine send": nvlink_call.CombineSend,
+    "combine recv": nvlink_call.CombineRecv,
 }
 
 
@@ -109,7 +109,6 @@ def stages_of(layer: MoELayer, x: torch.Tensor, upstream: torch.Tensor, runs: in
         plain.append((time.perf_counter() - began) * 1e6)
     watch = Stages()
     watch.watch(layer.router, "forward", "forward router")
-    watch.watch(layer.dispatcher, "dispatch_send", "forward dispatch send")
     watch.watch(layer.dispatcher, "dispatch", "forward dispatch")
     watch.watch(layer.experts, "forward", "forward experts")
     watch.watch(layer.dispatcher, "combine", "forward combine")
