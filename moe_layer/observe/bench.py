@@ -12,6 +12,7 @@ SCRIPTS = {
     "layer": ("layer_gpu.py", "the layer on one GPU: eager, CUDA graph, its own six GEMMs"),
     "dispatch": ("dispatch.py", "dispatch, combine and the layer over two GPUs, beside NCCL without deduplication"),
     "chunks": ("chunks.py", "the layer in 1, 2, 4 parts of the tokens: time and peak memory, one GPU"),
+    "host": ("host.py", "the host's time for an eager step of the layer, by stage and by call, one GPU or several"),
     "shared": ("shared.py", "the layer with its shared expert packed and apart, one GPU"),
     "replay": ("replay.py", "recording and replaying: the layer's step and the router, eager and in CUDA graphs"),
     "tune": ("tune.py", "tiles of the Hopper GEMMs on this GPU, each try in a process with a timeout"),
