@@ -34,39 +34,49 @@ __device__ __forceinline__ void copy_row(
   }
 }
 
-// The same with units that `load(unit)` reads and `convert` makes rows of: the next ones are on their way meanwhile.
+// The same through fp8, in units of 8 columns: `load(unit)` reads this lane's two units of a step, `convert` makes rows of
+// them; the next ones are on their way meanwhile. `begin` and `end` are multiples of 16.
 template <typename Load, typename Convert>
 __device__ __forceinline__ void convert_row(
     int32_t mine, void* out, int begin, int end, int64_t units, Load&& load, Convert&& convert) {
   constexpr unsigned kAll = 0xffffffffu;
-  constexpr int kDepth = 4;
-  const int lane = threadIdx.x % kWarp;
+  constexpr int kSteps = 2;
   const unsigned targets = __ballot_sync(kAll, mine >= 0);
-  decltype(load(0)) next[kDepth];
+  decltype(load(0)) next[kSteps];
 #pragma unroll
-  for (int j = 0; j < kDepth; ++j) next[j] = load(begin + j * kWarp + lane);
-  for (; begin < end; begin += kWarp * kDepth) {
+  for (int j = 0; j < kSteps; ++j) next[j] = load(fp8_unit(begin + j * kFp8Step));
+  for (; begin < end; begin += kSteps * kFp8Step) {
 #pragma unroll
-    for (int j = 0; j < kDepth; ++j) {
-      const int unit = begin + j * kWarp + lane;
-      const auto raw = next[j];
-      next[j] = load(unit + kDepth * kWarp);
-      const uint4 value = convert(raw);
+    for (int j = 0; j < kSteps; ++j) {
+      if (begin + j * kFp8Step >= end) break;
+      const int unit = fp8_unit(begin + j * kFp8Step);
+      uint4 value[2];
+      convert(next[j], value);
+      next[j] = load(unit + kSteps * kFp8Step);
       for (unsigned left = targets; left != 0; left &= left - 1) {
-        const int64_t to = __shfl_sync(kAll, mine, __ffs(left) - 1) * units;
-        if (unit < end) static_cast<uint4*>(out)[to + unit] = value;
+        uint4* to = static_cast<uint4*>(out) + __shfl_sync(kAll, mine, __ffs(left) - 1) * units;
+        if (unit < end) to[unit] = value[0], to[unit + 8] = value[1];
       }
     }
   }
 }
 
-// fp8: the own rows take the roundings of those that travelled.
+struct PlainPair {
+  uint4 x[2];
+};
+
+// The own rows take the roundings of those that travelled.
 __device__ __forceinline__ void round_row(
     const uint8_t* row, int32_t mine, void* out, int begin, int end, int64_t units) {
   const uint4* from = reinterpret_cast<const uint4*>(row);
   convert_row(
-      mine, out, begin, end, units, [&](int unit) { return unit < end ? __ldcg(from + unit) : uint4{}; },
-      [](const uint4& x) { return fp8_decode(fp8_encode(x)); });
+      mine, out, begin, end, units,
+      [&](int unit) { return unit < end ? PlainPair{{__ldcg(from + unit), __ldcg(from + unit + 8)}} : PlainPair{}; },
+      [](const PlainPair& pair, uint4(&value)[2]) {
+        const Fp8Pair coded = fp8_encode(pair.x[0], pair.x[1]);
+        value[0] = fp8_decode(coded.values[0], coded.scale);
+        value[1] = fp8_decode(coded.values[1], coded.scale);
+      });
 }
 
 __device__ __forceinline__ void decode_row(
@@ -75,8 +85,14 @@ __device__ __forceinline__ void decode_row(
   const float* scales = reinterpret_cast<const float*>(row + units * 8);
   convert_row(
       mine, out, begin, end, units,
-      [&](int unit) { return unit < end ? Fp8Unit{__ldcg(values + unit), __ldcg(scales + unit / 16)} : Fp8Unit{}; },
-      [](const Fp8Unit& coded) { return fp8_decode(coded); });
+      [&](int unit) {
+        return unit < end ? Fp8Pair{{__ldcg(values + unit), __ldcg(values + unit + 8)}, __ldcg(scales + unit / 16)}
+                          : Fp8Pair{};
+      },
+      [](const Fp8Pair& coded, uint4(&value)[2]) {
+        value[0] = fp8_decode(coded.values[0], coded.scale);
+        value[1] = fp8_decode(coded.values[1], coded.scale);
+      });
 }
 
 }  // namespace moe_layer

@@ -84,9 +84,12 @@ def test_bits_on_virtual_ranks(threads: ThreadRanks, size: int, rows: str, dtype
 @both_pushes
 @pytest.mark.parametrize("size", [2, 4])
 def test_fp8_on_virtual_ranks(threads: ThreadRanks, size: int, push: str) -> None:
-    """Encoded and decoded in the kernels: the bits of the Python format at one rank, infinities and NaN included."""
+    """Encoded and decoded in the kernels: the bits of the Python format at one rank, infinities and NaN included, and
+    blocks whose scale is the smallest one or larger than most."""
     case = _on(make_case(size, T=64, D=640, E=16, K=4, dtype=torch.bfloat16), "cuda")
     case.x_TD[3, 5], case.x_TD[4, 7], case.x_TD[5] = torch.inf, torch.nan, 0.0
+    case.x_TD[6] *= 1e-36
+    case.x_TD[7, :200] *= 1e30
     keys = {"dispatch_format": "fp8_1x128", "combine_format": "fp32"}
     got, want = (
         play(threads, case, c, n) for c, n in ((_config(push=push, **keys), size), (DispatchConfig(**keys), 1))
