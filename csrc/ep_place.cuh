@@ -43,6 +43,7 @@ struct TakeArgs {
   int64_t row_bytes;  // of `rows` and `out`
   int32_t num_rows, slots, num_compact, num_local, num_tokens;
   int32_t parts;  // of a row: what a warp takes at a time
+  bool mixed;     // own rows and the peers' in turn; else the own ones first
   ExpandArgs expand;
 };
 
@@ -102,22 +103,24 @@ __device__ __forceinline__ void clear_row(void* out, int64_t n, int64_t per_row)
   for (int64_t column = threadIdx.x % kWarp; column < per_row; column += kWarp) to[column] = Unit{};
 }
 
-// What no row reaches: pads, the rows after the last expert's, compact rows that did not come.
+// What no row reaches: pads, the rows after the last expert's (which begin at `end`), compact rows from `arrived` on, which
+// did not come. The warps that have the fewest rows begin.
 template <typename Unit>
-__device__ __forceinline__ void clear_rest(const TakeArgs& args, int64_t per_row) {
+__device__ __forceinline__ void clear_rest(const TakeArgs& args, int64_t per_row, int64_t end, int64_t arrived) {
   const ExpandArgs& to = args.expand;
   const int L = args.num_local, lane = threadIdx.x % kWarp, K = args.slots;
-  const int64_t thread = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
+  const int64_t thread =
+      ((warps - 1 - warp) * static_cast<int64_t>(gridDim.x) + gridDim.x - 1 - blockIdx.x) * kWarp + lane;
   const int64_t threads = gridDim.x * static_cast<int64_t>(blockDim.x);
   for (int64_t e = thread / kWarp; e < L; e += threads / kWarp) {
-    const int end = args.offsets_L1[e + 1];
-    for (int n = to.first_RL[args.trip.ranks * L + e]; n < end; ++n) {
+    const int next = args.offsets_L1[e + 1];
+    for (int n = to.first_RL[args.trip.ranks * L + e]; n < next; ++n) {
       if (lane == 0) to.clear(n);
       if (to.index_N == nullptr && n < args.out_rows) clear_row<Unit>(args.out, n, per_row);
     }
   }
-  for (int64_t n = args.offsets_L1[L] + thread; n < to.num_rows; n += threads) to.clear(n);
-  const int64_t arrived = args.base_R1[args.trip.ranks];
+  for (int64_t n = end + thread; n < to.num_rows; n += threads) to.clear(n);
   for (int64_t c = arrived + thread; c < args.num_compact; c += threads) to.token_C[c] = to.rank_C[c] = -1;
   for (int64_t i = arrived * K + thread; i < static_cast<int64_t>(args.num_compact) * K; i += threads) {
     to.ids_CK[i] = to.row_CK[i] = -1;

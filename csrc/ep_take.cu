@@ -3,9 +3,9 @@
 // which the counts told (ep_arrange), plus its place among that source's slots of the expert. No sort, and the own rows
 // need not wait for anything else. Twins: moe_layer/ops/ep_receive.py, ep_expand.py.
 //
-// Warps take rows: the own ones first, which are there already, then the peers' in the order in which they are sent. One
-// lane waits for the flag of the row's chunk; the warp reads the row once and writes it up to K times. Rows and not
-// chunks, so that no block is left with one chunk more than others: the copy is as long as its longest block.
+// Warps take rows: the own ones first, which are there already, or in turn with the peers' in the order in which these are
+// sent. One lane waits for the flag of the row's chunk; the warp reads the row once and writes it up to K times. Rows and
+// not chunks, so that no block is left with one chunk more than others: the copy is as long as its longest block.
 
 #include "ep_copy.cuh"
 #include "ep_place.cuh"
@@ -14,6 +14,20 @@ namespace moe_layer {
 namespace {
 
 constexpr int kThreads = 256, kBlocksPerSm = 3, kDecodeBlocksPerSm = 2;
+
+// The q-th row to take: the n-th of the peers' where n, the answer, is not negative, else the own row i.
+__device__ __forceinline__ int split_rows(int q, int own, int others, bool mixed, int64_t& i) {
+  if (!mixed) {
+    i = q;
+    return q - own;
+  }
+  if (q < 2 * min(own, others)) {
+    i = q / 2;
+    return q % 2 == 0 ? -1 : q / 2;
+  }
+  i = q - others;
+  return own > others ? -1 : q - own;
+}
 
 // The warp waits for the words of a source.
 __device__ __forceinline__ bool have_words(const EpTrip& trip, int source, uint32_t epoch, uint64_t until) {
@@ -42,11 +56,14 @@ __device__ __forceinline__ bool gave_up(const EpTrip& trip) {
 template <typename Unit, bool kFp8, bool kExpand>
 __global__ void __launch_bounds__(kThreads, 4) ep_take_kernel(TakeArgs args) {
   const EpTrip& trip = args.trip;
-  __shared__ int32_t counts[kMostRanks];
+  __shared__ int32_t counts[kMostRanks], rows_of[kMostRanks], base[kMostRanks + 1], end_of_rows;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const uint64_t until = now_ns() + trip.deadline_ns;
   const int64_t per_row = args.row_bytes / static_cast<int64_t>(sizeof(Unit));
-  if constexpr (kExpand) await_previous_kernel();                          // ep_arrange
+  if constexpr (kExpand) await_previous_kernel();  // ep_arrange
+  if (threadIdx.x <= trip.ranks) base[threadIdx.x] = args.base_R1[threadIdx.x];
+  if (threadIdx.x < trip.ranks) rows_of[threadIdx.x] = args.counts_R[threadIdx.x];
+  if (kExpand && threadIdx.x == kWarp) end_of_rows = args.offsets_L1[args.num_local];
   bool ok = kExpand ? !trip.failed() : wait_headers(trip, until, counts);  // ep_arrange waited
   if (!__syncthreads_and(ok)) {
     give_up(args);
@@ -55,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 4) ep_take_kernel(TakeArgs args) {
   const uint32_t epoch = trip.epoch(kReceived) + 1;
 
   if constexpr (kExpand) {
-    clear_rest<Unit>(args, per_row);
+    clear_rest<Unit>(args, per_row, end_of_rows, base[trip.ranks]);
   } else if (args.slot_N != nullptr && args.offsets_L1 != nullptr) {
     const int64_t rows = min(static_cast<int64_t>(args.offsets_L1[args.num_local]), args.out_rows);
     for (int64_t n = blockIdx.x * (kThreads / kWarp) + warp; n < rows; n += gridDim.x * (kThreads / kWarp)) {
@@ -64,22 +81,24 @@ __global__ void __launch_bounds__(kThreads, 4) ep_take_kernel(TakeArgs args) {
   }
 
   const uint8_t* own = static_cast<const uint8_t*>(args.rows);
-  const int own_count = args.counts_R[trip.me];
+  const int own_count = rows_of[trip.me];
   int most = 0;
   for (int r = 0; r < trip.ranks; ++r) {
-    if (r != trip.me) most = max(most, args.counts_R[r]);
+    if (r != trip.me) most = max(most, rows_of[r]);
   }
-  const unsigned items = (own_count + static_cast<unsigned>(most) * (trip.ranks - 1)) * args.parts;
+  const int others = most * (trip.ranks - 1);
+  const unsigned items = (own_count + static_cast<unsigned>(others)) * args.parts;
   const int pieces = static_cast<int>(ceil_div<int64_t>(per_row, kWarp));
   for (unsigned item = warp * gridDim.x + blockIdx.x; item < items; item += gridDim.x * (kThreads / kWarp)) {
     const int q = item / args.parts, part = item % args.parts;
     const int begin = pieces * part / args.parts * kWarp;
     const int end = min(pieces * (part + 1) / args.parts * kWarp, static_cast<int>(per_row));
     int source = trip.me;
-    int64_t i = q;
-    if (q >= own_count) nth_chunk(trip, q - own_count, source, i);  // row i of each peer in turn
-    if (i >= args.counts_R[source]) continue;
-    const int64_t c = args.base_R1[source] + i;
+    int64_t i = 0;
+    const int other = split_rows(q, own_count, others, args.mixed, i);
+    if (other >= 0) nth_chunk(trip, other, source, i);  // row i of each peer in turn
+    if (i >= rows_of[source]) continue;
+    const int64_t c = base[source] + i;
     const uint8_t* from = nullptr;
     int32_t token = -1;
     if (source == trip.me) {
@@ -159,6 +178,8 @@ void launch_take(TakeArgs args, const Tensor& state, bool fp8) {
   // Small parts: what the warps have in hand when the last row arrives is what remains to be done; but a few loads of a
   // warp in flight, unless there would be idle warps.
   const int64_t warps = most * (kThreads / kWarp), pieces = args.row_bytes / (16 * kWarp);
+  // Copying the own rows to all their places at once would take the memory from those that leave at the same time.
+  args.mixed = !fp8 && (kExpand ? args.expand.index_N == nullptr : args.row_CK != nullptr);
   to_int32(rows * 4, "parts of rows");
   args.parts = 1;
   while (args.parts < 4 &&
