@@ -4,6 +4,7 @@
 // One block, because the counts of all ranks' slots by expert are all that is read: the words of the rows arrive with
 // them, and ep_expand gives each slot its row.
 
+#include "block_scan.cuh"
 #include "ep.cuh"
 
 namespace moe_layer {
@@ -20,26 +21,6 @@ struct ArrangeArgs {
   int32_t* counts_L;
   int32_t num_rows, slots, num_local, alignment;
 };
-
-// Inclusive sum over the block of one value a thread, and the sum of all.
-__device__ int block_sum(int value, int32_t* warp_sum, int& all) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    const int other = __shfl_up_sync(0xffffffffu, value, step);
-    if (lane >= step) value += other;
-  }
-  __syncthreads();
-  if (lane == kWarp - 1) warp_sum[warp] = value;
-  __syncthreads();
-  all = 0;
-#pragma unroll
-  for (int w = 0; w < kThreads / kWarp; ++w) {
-    value += w < warp ? warp_sum[w] : 0;
-    all += warp_sum[w];
-  }
-  return value;
-}
 
 __device__ __forceinline__ int32_t read_count(const ArrangeArgs& args, int r, int e) {
   return static_cast<int32_t>(__ldcg(
@@ -86,9 +67,9 @@ __global__ void __launch_bounds__(kThreads) ep_arrange_kernel(ArrangeArgs args) 
     int total = 0;
     for (int r = 0; ok && e < L && r < trip.ranks; ++r) total += read_count(args, r, e);
     const int padded = round_up(total, args.alignment);
-    int all;
-    const int end = carried + block_sum(padded, warp_sum, all), first = end - padded;
-    carried += all;
+    const int first = carried + block_exclusive_sum<kThreads>(padded, warp_sum), end = first + padded;
+    carried += warp_sum[kThreads / kWarp - 1];
+    __syncthreads();  // the next turn writes the sums
     if (e >= L) continue;
     int next = first;
     for (int r = 0; r < trip.ranks; ++r) {
