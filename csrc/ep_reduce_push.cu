@@ -120,7 +120,7 @@ void ep_reduce_push(
   // All warps of a block at one chunk: it is soon whole, and a warp has stored little before it is.
   const int64_t pieces = ceil_div<int64_t>(rows.size(1) * static_cast<int64_t>(rows.element_size()), kUnit);
   args.parts = warps / trip.chunk_rows;
-  if (args.parts > pieces) args.parts = static_cast<int32_t>(pieces);
+  if (args.parts > pieces / 2) args.parts = static_cast<int32_t>(pieces / 2);  // no less than two pieces
   if (args.parts < 1) args.parts = 1;
   dispatch_partial(rows.scalar_type(), args, [&](auto zero, auto blocks_c) {
     const auto kernel = ep_reduce_push_kernel<decltype(zero), blocks_c.value>;
