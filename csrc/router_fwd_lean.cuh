@@ -99,8 +99,9 @@ __device__ __forceinline__ void lean_block(
 #pragma unroll
   for (int i = 0; i < C * 8; ++i) sums[i] = 0.0f;
   double z = 0.0;
-  int rows_replayed = 0, slots_replayed = 0, forced_id = -1;  // the id of the next tile's first pass
-  if (TASK == kReplayTask && tiles > 0) forced_id = first_forced(p, shape, first_row, rows_from(first_row));
+  int rows_replayed = 0, slots_replayed = 0;
+  int2 forced_ids = {-1, -1};  // of the next tile's first passes
+  if (TASK == kReplayTask && tiles > 0) forced_ids = first_forced(p, shape, first_row, rows_from(first_row));
   for (; tiles > 0; --tiles) {
     const int count = rows_from(first_row);
     const int64_t next_row = first_row + kWarps * shape.rows;
@@ -109,14 +110,14 @@ __device__ __forceinline__ void lean_block(
     // With forced ids the selection serves the slots that are missing, and without bias and groups the aux loss.
     bool fill = true, wanted = true;
     if (replays) {
-      if (TASK == kReplayTask && !copy_forced(p, shape, first_row, count, forced_id, forced, seen)) {
+      if (TASK == kReplayTask && !copy_forced(p, shape, first_row, count, forced_ids, forced, seen)) {
         fill = false, rows_replayed += count, slots_replayed += count * p.top_k;
       } else {
         const int3 found = check_forced(&p, shape, first_row, forced, events);
         rows_replayed += found.x, slots_replayed += found.y, fill = found.z != 0;
       }
       wanted = fill || (!kKeyed && p.live_apart);
-      if (TASK == kReplayTask && tiles > 1) forced_id = first_forced(p, shape, next_row, rows_from(next_row));
+      if (TASK == kReplayTask && tiles > 1) forced_ids = first_forced(p, shape, next_row, rows_from(next_row));
     }
     bool odd = false;  // of quads: a key of the tile is not finite, so its rows are selected again
     for (int step = 0; step < shape.rows; step += Lay::kRows) {
@@ -226,9 +227,12 @@ __device__ __forceinline__ void lean_block(
       }
     }
     __syncwarp();
-    if (kQuads && odd && lane < shape.rows) {
-      chosen[lane * p.top_k + p.top_k - 1] = ~0u;
-      if (p.live_apart) unbiased[lane * p.top_k + p.top_k - 1] = ~0u;
+    if (kQuads && odd) {
+      for (int i = lane; i < list; i += kWarp) {
+        chosen[i] = ~0u;
+        if (p.live_apart) unbiased[i] = ~0u;
+      }
+      __syncwarp();
     }
     if ((kKeyed || (WIDE && !kRanks)) && wanted) {
       settle_rows<L, C, kKeyed>(p, rows, first_row, shape.rows, bias, kept, chosen);
@@ -238,14 +242,15 @@ __device__ __forceinline__ void lean_block(
     }
 
     // ---- weights: one lane a (row, slot)
-    if ((TASK != kAnyTask || (p.valid == nullptr && p.recorded.data == nullptr)) && !(replays && fill)) {
+    if (TASK == kReplayTask && fill) fill_forced(&p, shape, first_row, Lay::kIdMask, chosen, forced);
+    if (TASK != kAnyTask || (p.valid == nullptr && p.recorded.data == nullptr && !(replays && fill))) {
       weigh_tile<L, C, MODE>(
           p, shape, logits, first_row, count, chosen, replays ? forced : nullptr, unbiased, stats, hist, hist_aux);
       __syncwarp();  // the ids have been read before the next tile writes its own
       first_row = next_row;
       continue;
     }
-    if constexpr (TASK != kLiveTask) {
+    if constexpr (TASK == kAnyTask) {
       weigh_rows<MODE>(
           &p, shape, rows, first_row, wanted, fill, Lay::kIdMask, chosen, forced, unbiased, stats, hist, hist_aux);
     }

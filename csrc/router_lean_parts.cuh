@@ -225,12 +225,13 @@ __device__ __forceinline__ void pack_keys_lean(
   pack_whole<L, C>(key, bad, base, v);
 }
 
-// One row of at most 512 experts selected with whole keys by the calling warp: the K-th best lies far below the best, or is not
-// finite. Of normally distributed fp32 logits 1 row in 100 at 384 and 512 experts, 3 of 8 experts with K 2, none at 64 to 256. Lane l
-// holds experts l, l + 32, ...
+// One row of at most 512 experts whose K-th best lies far below the best, or is not finite: what follows the `done` best ones, which
+// stand in chosen[], is selected with whole keys by the calling warp. Of normally distributed fp32 logits 1 row in 100 at 384 and 512
+// experts, 3 of 8 experts with K 2, none at 64 to 256. Lane l holds experts l, l + 32, ...
 template <bool KEYED, class Rows>
 __device__ __noinline__ void exact_row(
-    const Forward* p, const Rows rows, int64_t row, const float* bias, const int* kept, int* ids) {
+    const Forward* p, const Rows rows, int64_t row, const float* bias, const int* kept, int done, uint32_t id_mask,
+    uint32_t* chosen) {
   constexpr int kEach = 512 / kWarp;
   const int lane = threadIdx.x % kWarp;
   uint32_t key[kEach], open = 0;  // bit i: expert lane + 32 i may still be chosen
@@ -245,7 +246,11 @@ __device__ __noinline__ void exact_row(
       open |= 1u << i;
     }
   }
-  for (int round = 0; round < p->top_k; ++round) {
+  for (int r = 0; r < done; ++r) {
+    const uint32_t id = chosen[r] & id_mask;
+    if (id % kWarp == lane) open &= ~(1u << id / kWarp);
+  }
+  for (int round = done; round < p->top_k; ++round) {
     uint32_t best = 0;
     int at = -1;
 #pragma unroll
@@ -256,23 +261,26 @@ __device__ __noinline__ void exact_row(
     const unsigned mine = at >= 0 && best == row_best ? lane + kWarp * at : INT_MAX;
     const unsigned id = __reduce_min_sync(kFull, mine);
     if (mine == id) open &= ~(1u << at);
-    if (lane == 0) ids[round] = static_cast<int>(id);
+    if (lane == 0) chosen[round] = id;
   }
   __syncwarp();
 }
 
-// Selects the tile's doubtful rows again. Ids without a field take the place of packed keys: the id is what is read from either.
+// Selects the end of the tile's doubtful rows again. Ids without a field take the place of packed keys: the id is what is read from either.
 template <int L, int C, bool KEYED, class Rows>
 __device__ __forceinline__ void settle_rows(
     const Forward& p, const Rows& rows, int64_t first_row, int count, const float* bias, const int* kept,
     uint32_t* chosen) {
+  using Pack = Packed<L, C>;
   const int at = threadIdx.x % kWarp;
   const bool mine = at < count && first_row + at < p.tokens;
-  const bool doubt = mine && chosen[at * p.top_k + p.top_k - 1] >> Packed<L, C>::kBits >= Packed<L, C>::kFar;
+  const bool doubt = mine && chosen[at * p.top_k + p.top_k - 1] >> Pack::kBits >= Pack::kFar;
   for (unsigned left = __ballot_sync(kFull, doubt); left != 0; left &= left - 1) {
     const int row = __ffs(left) - 1;
-    exact_row<KEYED>(
-        &p, rows, first_row + row, bias, kept + row * p.groups, reinterpret_cast<int*>(chosen) + row * p.top_k);
+    uint32_t* of_row = chosen + row * p.top_k;
+    const bool sure = at < p.top_k && of_row[at < p.top_k ? at : 0] >> Pack::kBits < Pack::kFar;
+    const int done = __popc(__ballot_sync(kFull, sure));
+    exact_row<KEYED>(&p, rows, first_row + row, bias, kept + row * p.groups, done, Pack::kIdMask, of_row);
   }
 }
 

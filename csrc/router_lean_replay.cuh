@@ -33,17 +33,23 @@ __device__ __forceinline__ int load_forced(const Forward& p, int64_t i) {
                                : load_id(p.replay, i, p.experts);
 }
 
-// This lane's forced id of the first pass over a tile of `count` rows; -1 if it has none.
-__device__ __forceinline__ int first_forced(const Forward& p, const LeanShape& shape, int64_t first_row, int count) {
+// This lane's forced ids of the first two passes over a tile of `count` rows; -1 where it has none.
+__device__ __forceinline__ int2 first_forced(const Forward& p, const LeanShape& shape, int64_t first_row, int count) {
   const int lane = threadIdx.x % kWarp, slot = lane & (shape.slot_lanes - 1), at = lane >> shape.slot_shift;
-  return at < count && slot < p.top_k ? load_forced(p, first_row * p.top_k + at * p.top_k + slot) : -1;
+  const int next = at + (kWarp >> shape.slot_shift);
+  const int64_t first = first_row * p.top_k + slot;
+  int2 ids = {-1, -1};
+  if (at < count && slot < p.top_k) ids.x = load_forced(p, first + at * p.top_k);
+  if (next < count && slot < p.top_k) ids.y = load_forced(p, first + next * p.top_k);
+  return ids;
 }
 
 // Writes the tile's forced ids to forced[rows, K] as they are. Returns whether a slot of its `count` rows is missing, out of range or a
-// duplicate. `first_id` comes from first_forced(), a tile ahead. `seen` holds a bit an expert and row of a pass, all 0 before and after:
+// duplicate. `first_ids` come from first_forced(), a tile ahead. `seen` holds a bit an expert and row of a pass, all 0 before and after:
 // without it a row's slots would have to be compared with each other, K - 1 shuffles (and match.any takes 256 cycles, H200).
 __device__ __forceinline__ bool copy_forced(
-    const Forward& p, const LeanShape& shape, int64_t first_row, int count, int first_id, int* forced, uint32_t* seen) {
+    const Forward& p, const LeanShape& shape, int64_t first_row, int count, int2 first_ids, int* forced,
+    uint32_t* seen) {
   const int lane = threadIdx.x % kWarp, slot = lane & (shape.slot_lanes - 1), row_of_pass = lane >> shape.slot_shift;
   uint32_t* words = seen + row_of_pass * ceil_div(p.experts, kWarp);
   bool odd = false;
@@ -51,8 +57,9 @@ __device__ __forceinline__ bool copy_forced(
   for (int first = 0; first < count; first += kWarp >> shape.slot_shift) {
     const int at = first + row_of_pass, index = at * p.top_k + slot;
     const bool inside = at < count && slot < p.top_k;
-    int id = first_id;
-    if (first > 0 && inside) id = load_forced(p, first_row * p.top_k + index);
+    int id = first_ids.x;
+    first_ids.x = first_ids.y;
+    if (first > kWarp >> shape.slot_shift && inside) id = load_forced(p, first_row * p.top_k + index);
     const bool known = inside && static_cast<unsigned>(id) < static_cast<unsigned>(p.experts);
     uint32_t* word = words + (known ? id / kWarp : 0);
     const uint32_t bit = 1u << (id & (kWarp - 1));
@@ -108,6 +115,21 @@ __device__ __forceinline__ int fill_slot(
   for (int skip = __popc(missing & ((1u << lane) - 1u)); skip > 0; --skip) left &= left - 1;
   const int filled = __shfl_sync(kFull, live_id, left != 0 ? __ffs(left) - 1 : 0);
   return forced >= 0 ? forced : filled;
+}
+
+// The missing slots of a tile whose rows are all valid, in forced[]. Apart, for its registers.
+inline __device__ __noinline__ void fill_forced(
+    const Forward* args, const LeanShape shape, int64_t first_row, uint32_t id_mask, const uint32_t* chosen,
+    int* forced) {
+  const Forward& p = *args;
+  for (int first = 0; first < shape.rows; first += kWarp >> shape.slot_shift) {
+    const Slot s = slot_of_lane(p, shape, first_row, first);
+    const int index = s.at * p.top_k + s.slot;
+    const int held = s.live ? forced[index] : -1, live_id = s.live ? static_cast<int>(chosen[index] & id_mask) : -1;
+    const int id = fill_slot(p, shape, s, held, live_id);
+    if (s.live) forced[index] = id;
+  }
+  __syncwarp();
 }
 
 }  // namespace moe_layer::router

@@ -27,7 +27,6 @@ from moe_layer.ops import _ext
 from moe_layer.ops import batch_losses as losses_module
 from moe_layer.ops import route_topk as module
 from moe_layer.ops import route_topk_bwd as backward_module
-from moe_layer.ops.batch_losses import batch_losses
 from moe_layer.ops.route_topk import RouteTopk, route_topk
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -195,17 +194,11 @@ def variants(shape: Shape, inputs: Inputs, replay: bool) -> dict[str, Callable[[
         """Weights, ids, counts and the finished losses: the router's part of a training step."""
         return forward(index, loss_coeffs=(1.0, 1.0), **(LOSSES | more))
 
-    def apart(index: int) -> None:
-        """The same with the losses finished by an op of their own."""
-        out = forward(index, **LOSSES)
-        batch_losses(out.counts, out.aux_counts, out.score_sum, out.z_sum, top_k=shape.top_k)
-
     def replayed(index: int, ids: list[Tensor] = inputs.ids, **more: Any) -> RouteTopk:
         return whole(index, replay_ids=ids[index % count], **more)
 
     calls = {
         "forward": whole,
-        "forward, losses apart": apart,
         "forward, sums only": lambda i: forward(i, **LOSSES),
         "forward, no losses": forward,
         "forward, effective": lambda i: forward(i, aux_counts="effective", want_z=True),
