@@ -44,7 +44,9 @@ struct GlobalRows {
   };
 
   __device__ __forceinline__ Near from(int64_t row) const {
-    return {static_cast<const char*>(p.logits.data) + row * p.experts * (W ? 4 : 2), p.logits.kind, p.experts};
+    const void* data = static_cast<const char*>(p.logits.data) + row * p.experts * (W ? 4 : 2);
+    asm volatile("" : "+l"(data));  // kept, not worked out again for every row
+    return {data, p.logits.kind, p.experts};
   }
 
   __device__ __forceinline__ float at(int64_t row, int expert) const {
