@@ -103,9 +103,8 @@ __device__ __forceinline__ void lean_block(
   int2 forced_ids = {-1, -1};  // of the next tile's first passes
   if (TASK == kReplayTask && tiles > 0) forced_ids = first_forced(p, shape, first_row, rows_from(first_row));
   for (; tiles > 0; --tiles) {
-    asm volatile(
-        ""
-        : "+l"(first_row));  // kept, not worked out again from the block's index in every step (forty instructions)
+    // Kept in registers: the compiler worked it out again from the block's index for every row, in forty instructions.
+    asm volatile("" : "+l"(first_row));
     const int count = rows_from(first_row);
     const int64_t next_row = first_row + kWarps * shape.rows;
     if (tiles > 1) prefetch(next_row, rows_from(next_row));
