@@ -32,14 +32,14 @@ struct SortArgs {
   int32_t* row_P;
   int32_t* offsets_L1;
   int32_t* counts_L;
-  const float* weights_P;  // null: no probabilities
-  float* probs_N;
+  const float* weights_P;  // null without slots too
+  float* probs_N;          // null: no probabilities
 
   // A row of nobody: a pad or the tail.
   __device__ __forceinline__ void clear(int64_t row) const {
     slot_N[row] = token_N[row] = -1;
     index_N[row] = 0;
-    if (weights_P != nullptr) probs_N[row] = 0.0f;
+    if (probs_N != nullptr) probs_N[row] = 0.0f;
   }
 };
 
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kThreads) place_slots_kernel(SortArgs args) {
       args.slot_N[row] = static_cast<int32_t>(p);
       args.token_N[row] = token;
       args.index_N[row] = token;
-      if (args.weights_P != nullptr) args.probs_N[row] = args.weights_P[p];
+      if (args.probs_N != nullptr) args.probs_N[row] = args.weights_P[p];
     }
   }
 }
@@ -226,7 +226,7 @@ Outputs sort_slots(
       out_ptr<int32_t>(offsets),
       out_ptr<int32_t>(counts),
       in_ptr<float>(weights),
-      out_ptr<float>(probs_N)};
+      weights.has_value() ? out_ptr<float>(probs_N) : nullptr};
   const cudaStream_t stream = current_stream(ids);
   count_pieces_kernel<<<static_cast<int>(blocks), kThreads, L * sizeof(int32_t), stream>>>(args);
   MOE_LAUNCH_CHECK();
