@@ -6,10 +6,7 @@
 // of it (programmatic dependent launch) and waits for it on the device. Losses finished in the second launch were slower (H200): its
 // blocks would have to wait for each other, by a cluster, a ticket or words in memory, 0.6 to 0.9 us more than a launch of their own.
 
-#include "router_args.cuh"
-
-#include <string>
-#include <tuple>
+#include "router_entry.cuh"
 
 namespace moe_layer::router {
 namespace {
@@ -156,11 +153,9 @@ int64_t words(const Tensor& t, int64_t bytes_per_element) { return t.numel() * b
 
 }  // namespace
 
-using Outputs =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
+// Of logits [T, E], or of `gate`, which makes them (router_gate.cu); then `logits_any` is [0, E] or their place.
 Outputs forward(
-    std::optional<Tensor> id_buffer, const Tensor& logits_any, std::optional<Tensor> expert_bias,
+    const GateInput* gate, std::optional<Tensor> id_buffer, const Tensor& logits_any, std::optional<Tensor> expert_bias,
     std::optional<Tensor> replay_ids, std::optional<Tensor> replay_weights, std::optional<Tensor> valid,
     std::optional<Tensor> cu_seqlens, int64_t top_k, std::string score_function, std::string softmax_order,
     bool renormalize, double scaling_factor, int64_t num_groups, int64_t group_topk, std::string group_rule,
@@ -169,7 +164,7 @@ Outputs forward(
   STD_TORCH_CHECK(logits_any.is_cuda() && logits_any.dim() == 2, "logits must be a CUDA tensor [T, E]");
   const DeviceGuard guard(logits_any.get_device_index());
   const Tensor logits = logits_any.is_contiguous() ? logits_any : torch::stable::contiguous(logits_any);
-  const int64_t T = logits.size(0), E = logits.size(1);
+  const int64_t T = gate != nullptr ? gate_tokens(*gate) : logits.size(0), E = logits.size(1);
   STD_TORCH_CHECK(
       E >= 1 && E <= kMaxExperts, "the CUDA router takes 1 to ", kMaxExperts, " experts, got ", E,
       "; set MOE_LAYER_CUDA=0 to use the PyTorch reference");
@@ -239,7 +234,8 @@ Outputs forward(
   const int sms = sm_count(device);
   const bool lean = T > 0 && lean_fits(p, keyed);
   const int64_t sum_bytes = 16 + aux_rows * E * 8;
-  const int64_t part_bytes = 4ll * part_words(p) * lean_blocks(p, sms);
+  const int parts = gate != nullptr ? gate_blocks(*gate) : lean_blocks(p, sms);
+  const int64_t part_bytes = 4ll * part_words(p) * parts;
   Tensor workspace = scratch_bytes(logits, lean ? part_bytes : sum_bytes + 8ll * sms * 2);
   char* base = static_cast<char*>(workspace.mutable_data_ptr());
   p.part = reinterpret_cast<uint32_t*>(base);
@@ -267,13 +263,18 @@ Outputs forward(
   int major = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   const bool overlap = major >= 9;
+  STD_TORCH_CHECK(
+      gate == nullptr || lean || T == 0,
+      "the gate's kernel does not serve these options; multiply apart and use route_topk");
   if (lean) {
-    if (p.logits.kind == kF32) {
+    if (gate != nullptr) {
+      launch_gate(p, *gate, keyed, stream);
+    } else if (p.logits.kind == kF32) {
       (keyed ? launch_lean_keyed<true> : launch_lean_plain<true>)(p, sms, stream);
     } else {
       (keyed ? launch_lean_keyed<false> : launch_lean_plain<false>)(p, sms, stream);
     }
-    launch_finish(p, lean_blocks(p, sms), stream);
+    launch_finish(p, parts, stream);
     if (want_losses) launch_losses(p.losses, stream);
     return {weights, ids, counts, aux, score_sum, z_sum, events, probs, scores, map, summary, scaled};
   }
@@ -311,7 +312,7 @@ Outputs route_topk(
     int64_t group_topk, std::string group_rule, std::string weights_mode, std::string aux_counts, bool want_z,
     bool want_probs, bool want_scores, std::string map_format, bool want_losses, double aux_coeff, double z_coeff) {
   return forward(
-      std::nullopt, logits, expert_bias, replay_ids, replay_weights, valid, cu_seqlens, top_k, score_function,
+      nullptr, std::nullopt, logits, expert_bias, replay_ids, replay_weights, valid, cu_seqlens, top_k, score_function,
       softmax_order, renormalize, scaling_factor, num_groups, group_topk, group_rule, weights_mode, aux_counts, want_z,
       want_probs, want_scores, map_format, want_losses, aux_coeff, z_coeff);
 }
@@ -325,7 +326,7 @@ Outputs route_topk_into(
     std::string aux_counts, bool want_z, bool want_probs, bool want_scores, std::string map_format, bool want_losses,
     double aux_coeff, double z_coeff) {
   return forward(
-      id_buffer, logits, expert_bias, replay_ids, replay_weights, valid, cu_seqlens, top_k, score_function,
+      nullptr, id_buffer, logits, expert_bias, replay_ids, replay_weights, valid, cu_seqlens, top_k, score_function,
       softmax_order, renormalize, scaling_factor, num_groups, group_topk, group_rule, weights_mode, aux_counts, want_z,
       want_probs, want_scores, map_format, want_losses, aux_coeff, z_coeff);
 }

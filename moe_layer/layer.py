@@ -178,6 +178,7 @@ class MoELayer(nn.Module):
         routing = self.router(
             gate_TD,
             late=late,
+            want_logits=return_routing,
             valid_T=valid_T,
             cu_seqlens=self._boundaries(x, cu_seqlens),
             replay=as_decision(replay, x.shape[:-1], self.config.router.top_k, device=x.device),

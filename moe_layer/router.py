@@ -22,11 +22,13 @@ from moe_layer.errors import RoutingError
 from moe_layer.ops.attach_losses import attach_losses
 from moe_layer.ops.batch_losses import SUMMARY
 from moe_layer.ops.capacity import apply_capacity, expert_capacity
+from moe_layer.ops.cast import cast, no_autocast
 from moe_layer.ops.fan_out import LateProduct
 from moe_layer.ops.gate import gate_logits
+from moe_layer.ops.gate_topk import gate_topk, gate_wins
 from moe_layer.ops.route_topk import NUM_EVENTS, RouteTopk, route_topk
-from moe_layer.ops.uniform import uniform_ids
 from moe_layer.replay.tap import Routed, RoutingTap
+from moe_layer.routing_options import routing_options
 from moe_layer.stats import EVENT_NAMES, LOG_NAMES
 from moe_layer.types import Routing, RoutingDecision
 
@@ -109,6 +111,7 @@ class Router(nn.Module):
         cu_seqlens: Tensor | None = None,
         replay: RoutingDecision | None = None,
         late: LateProduct | None = None,
+        want_logits: bool = True,
     ) -> Routing:
         """Route T tokens.
 
@@ -118,6 +121,7 @@ class Router(nn.Module):
             cu_seqlens: int32 `[S+1]` from 0 to T, boundaries of the sequences for `losses.aux: sequence`.
             replay: decision with ids `[T, K]`; missing slots are routed live.
             late: of the `fan_out` that made x_TD, see `gate_logits`.
+            want_logits: keep the logits in `stats`, even where nobody needs them (`gate_topk` without gradients).
 
         Returns:
             Routing whose `weights_TK` carry the gradient of the auxiliary losses (while training with grad enabled).
@@ -126,12 +130,19 @@ class Router(nn.Module):
             RoutingError: non-finite logits, missing or duplicate ids under a `raise` policy, ids out of range (at once
                 on CPU; by `check()` on CUDA and under torch.compile).
         """
-        logits_TE = self.logits(x_TD, late)
         attaches = self.training and torch.is_grad_enabled()
         tap = self.routing_tap
         if tap is not None:
             replay = tap.before(replay, num_tokens=x_TD.shape[0], device=x_TD.device)
-        routed = self._route(logits_TE, valid_T, cu_seqlens, replay, attaches=attaches)
+        logits_TE, routed = self._gate_and_route(
+            x_TD,
+            late,
+            valid_T,
+            cu_seqlens,
+            replay,
+            attaches=attaches,
+            want_logits=want_logits or tap is not None or attaches,
+        )
         if tap is not None:
             tap.after(self._routed(routed, logits_TE, valid_T))
         self._report(routed.events, replay)
@@ -160,14 +171,17 @@ class Router(nn.Module):
             counts_E=counts_E,
             losses=scaled,
             losses_unscaled=unscaled,
-            stats={"events": routed.events, "logits": logits_TE, **({} if dropped is None else {"dropped": dropped})},
+            stats={
+                "events": routed.events,
+                **({"logits": logits_TE} if logits_TE.shape[0] == x_TD.shape[0] else {}),
+                **({} if dropped is None else {"dropped": dropped}),
+            },
             capacity=capacity,
         )
 
     def _routed(self, routed: RouteTopk, logits_TE: Tensor, valid_T: Tensor | None) -> Routed:
         def live() -> Tensor:
-            with torch.no_grad():
-                return self._route(logits_TE, valid_T, None, None, attaches=False).ids
+            return self._live(logits_TE, valid_T).ids
 
         return Routed(routed.ids, routed.weights, logits_TE, valid_T, routed.events, live)
 
@@ -175,74 +189,55 @@ class Router(nn.Module):
         """What a replayed pass adds to `tokens_per_expert` (replay.bias_counts)."""
         if self.config.replay.bias_counts != "live":
             return counts_E if self.config.replay.bias_counts == "effective" else None
-        with torch.no_grad():
-            return self._route(logits_TE, valid_T, None, None, attaches=False).counts
+        return self._live(logits_TE, valid_T).counts
 
     def logits(self, x_TD: Tensor, late: LateProduct | None = None) -> Tensor:
         """Gate GEMM with the configured dtypes: `[T, E]`. Jitter uses torch's generator, while training only."""
-        cfg = self.config.router
-        if cfg.jitter_eps > 0.0 and self.training:
-            x_TD = x_TD * torch.empty_like(x_TD).uniform_(1.0 - cfg.jitter_eps, 1.0 + cfg.jitter_eps)
-            late = None  # d(x) passes through the noise first
-        return gate_logits(x_TD, self.weight, self.bias, gate_dtype=cfg.gate_dtype, late=late)
+        x_TD, late = self._jitter(x_TD, late)
+        return gate_logits(x_TD, self.weight, self.bias, gate_dtype=self.config.router.gate_dtype, late=late)
 
-    def _route(
+    def _jitter(self, x_TD: Tensor, late: LateProduct | None) -> tuple[Tensor, LateProduct | None]:
+        eps = self.config.router.jitter_eps
+        if eps <= 0.0 or not self.training:
+            return x_TD, late
+        return x_TD * torch.empty_like(x_TD).uniform_(1.0 - eps, 1.0 + eps), None  # d(x) passes through the noise first
+
+    def _gate_and_route(
         self,
-        logits_TE: Tensor,
+        x_TD: Tensor,
+        late: LateProduct | None,
         valid_T: Tensor | None,
         cu_seqlens: Tensor | None,
         replay: RoutingDecision | None,
         *,
         attaches: bool,
-    ) -> RouteTopk:
-        cfg, loss_cfg, policy = self.config.router, self.config.losses, self.config.replay
-        mode, renormalize, aux_counts = policy.weights, cfg.renormalize, loss_cfg.counts
-        if replay is not None:
-            renormalize = {"router": renormalize, "always": True, "never": False}[policy.renormalize]
-            aux_counts = {"losses": aux_counts, "off": "none"}.get(policy.aux_map, policy.aux_map)
-        if not attaches or loss_cfg.aux == "none":
-            aux_counts = "none"
-        want_z = attaches and loss_cfg.z_coeff > 0.0
-        finish = self._finishes_losses(logits_TE) and (aux_counts != "none" or want_z)
-        if replay is not None and cfg.capacity_factor is not None and not policy.allow_capacity:
-            raise RoutingError(
-                f"replay with router.capacity_factor {cfg.capacity_factor} would drop replayed slots; set it to "
-                "null for "
-                "training on recorded routing, or set replay.allow_capacity: true"
-            )
-        if replay is not None and replay.weights is None and mode != "live":
-            raise RoutingError(
-                f"replay.weights is {mode}, which needs recorded weights; "
-                "pass RoutingDecision(ids, weights=...) or set replay.weights: live"
-            )
-        if replay is None and cfg.force_uniform:
-            ids_TK = uniform_ids(logits_TE.shape[0], cfg.top_k, cfg.num_experts, device=logits_TE.device)
-            replay, mode = RoutingDecision(ids=ids_TK), "live"
-        return route_topk(
-            logits_TE,
-            self.expert_bias,
-            top_k=cfg.top_k,
-            score_function=cfg.score_function,
-            softmax_order=cfg.softmax_order,
-            renormalize=renormalize,
-            scaling_factor=cfg.scaling_factor,
-            num_groups=cfg.num_groups or 0,
-            group_topk=cfg.group_topk or 0,
-            group_rule=cfg.group_rule,
-            replay_ids=None if replay is None else replay.ids,
-            replay_weights=None if replay is None or mode == "live" else replay.weights,
-            weights_mode="live" if replay is None else mode,
-            valid=valid_T,
-            cu_seqlens=cu_seqlens if loss_cfg.aux == "sequence" else None,
-            aux_counts=aux_counts,
-            want_z=want_z,
-            loss_coeffs=(loss_cfg.aux_coeff, loss_cfg.z_coeff) if finish else None,
+        want_logits: bool,
+    ) -> tuple[Tensor, RouteTopk]:
+        """Logits `[T, E]` (`[0, E]` where nobody wants them) and the routing: in one op where `gate_topk` wins."""
+        options = routing_options(
+            self.config, replay, attaches=attaches, finishes=self._finishes_losses(x_TD), like=x_TD
         )
+        boundaries = cu_seqlens if self.config.losses.aux == "sequence" else None
+        alone = boundaries is None and self.config.router.gate_dtype == "fp32_out"
+        if not alone or not gate_wins(x_TD, self.weight, self.expert_bias, **options):
+            logits_TE = self.logits(x_TD, late)
+            routed = route_topk(logits_TE, self.expert_bias, valid=valid_T, cu_seqlens=boundaries, **options)
+            return logits_TE, routed
+        x_TD, late = self._jitter(x_TD, late)
+        with no_autocast(x_TD.device.type):
+            weight, given = cast(self.weight, x_TD.dtype), {"valid": valid_T, "want_logits": want_logits, "late": late}
+            return gate_topk(x_TD, weight, self.bias, self.expert_bias, **given, **options)
 
-    def _finishes_losses(self, logits_TE: Tensor) -> bool:
+    def _live(self, logits_TE: Tensor, valid_T: Tensor | None) -> RouteTopk:
+        """As if nothing were replayed, without gradient and losses."""
+        with torch.no_grad():
+            options = routing_options(self.config, None, attaches=False, finishes=False, like=logits_TE)
+            return route_topk(logits_TE, self.expert_bias, valid=valid_T, **options)
+
+    def _finishes_losses(self, x_TD: Tensor) -> bool:
         """Whether `route_topk` can finish the losses: of one rank's batch, without a history, fp64 or dropped slots."""
         simple = self.config.losses.aux in ("none", "batch") and self.config.router.capacity_factor is None
-        return simple and logits_TE.dtype != torch.float64 and losses.is_local(self._data_group)
+        return simple and x_TD.dtype != torch.float64 and losses.is_local(self._data_group)
 
     def _capacity(self, routed: RouteTopk) -> tuple[Tensor, Tensor, Tensor, int | None]:
         """ids, weights and counts after the capacity factor, and the rows every expert is padded to."""

@@ -72,7 +72,10 @@ def _fake(
     return logits.new_empty(logits.shape)
 
 
-def setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+def what_backward_reads(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
+) -> tuple[Tensor | None, ...]:
+    """Tensors to save for `logits_gradient`, whose options go to ctx (`gate_topk` calls both too)."""
     logits, _, replay_ids, replay_weights, _, cu_seqlens = inputs
     ctx.set_materialize_grads(False)
     names = ("score_function", "softmax_order", "renormalize", "scaling_factor", "weights_mode")
@@ -82,7 +85,11 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[s
     ctx.loss_options = {name: keyword_only_inputs[name] for name in ("top_k", "aux_coeff", "z_coeff")}
     ctx.loss_options["has_z"] = keyword_only_inputs["want_z"]
     sums = (output[10], output[3] if has_aux else None) if want_losses else (None, None)
-    ctx.save_for_backward(logits, output[1], replay_ids if recorded else None, cu_seqlens, *sums)
+    return (logits, output[1], replay_ids if recorded else None, cu_seqlens, *sums)
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    ctx.save_for_backward(*what_backward_reads(ctx, inputs, keyword_only_inputs, output))
 
 
 def _loss_gradients(
@@ -101,16 +108,19 @@ def _sum(one: Tensor | None, two: Tensor | None) -> Tensor | None:
     return one if two is None else two if one is None else one + two
 
 
-def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    logits, ids, replay_ids, cu_seqlens, *sums = ctx.saved_tensors
+def logits_gradient(ctx: Any, saved: tuple[Any, ...], grads: tuple[Tensor | None, ...]) -> Tensor | None:
+    """d(logits) from what was saved and the gradients of `route_topk`'s outputs; None if there is none."""
+    logits, ids, replay_ids, cu_seqlens, *sums = saved
     d_weights, _, _, _, d_score_sum, d_z, _, d_probs, d_scores, _, d_summary, d_scaled = (
         None if grad is None or (grad.numel() == 0 and grad.ndim == 1) else grad for grad in grads
     )
-    if ctx.needs_input_grad[0]:
-        more_score_sum, more_z = _loss_gradients(ctx, d_summary, d_scaled, *sums)
-        d_score_sum, d_z = _sum(d_score_sum, more_score_sum), _sum(d_z, more_z)
-    present = [d_weights, d_score_sum, d_z, d_probs, d_scores]
-    if not ctx.needs_input_grad[0] or all(grad is None for grad in present):
-        return (None,) * 6
-    dx = call_plain(torch.ops.moe_layer.route_topk_bwd, *present, logits, ids, replay_ids, cu_seqlens, **ctx.options)
+    more_score_sum, more_z = _loss_gradients(ctx, d_summary, d_scaled, *sums)
+    present = [d_weights, _sum(d_score_sum, more_score_sum), _sum(d_z, more_z), d_probs, d_scores]
+    if all(grad is None for grad in present):
+        return None
+    return call_plain(torch.ops.moe_layer.route_topk_bwd, *present, logits, ids, replay_ids, cu_seqlens, **ctx.options)
+
+
+def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    dx = logits_gradient(ctx, ctx.saved_tensors, grads) if ctx.needs_input_grad[0] else None
     return (dx, None, None, None, None, None)
