@@ -213,13 +213,13 @@ class Router(nn.Module):
         attaches: bool,
         want_logits: bool,
     ) -> tuple[Tensor, RouteTopk]:
-        """Logits `[T, E]` (`[0, E]` where nobody wants them) and the routing: in one op where `gate_topk` wins."""
+        """Logits `[T, E]` (`[0, E]` where nobody wants them), routing: one op with `fused_gate` where that wins."""
         options = routing_options(
             self.config, replay, attaches=attaches, finishes=self._finishes_losses(x_TD), like=x_TD
         )
         boundaries = cu_seqlens if self.config.losses.aux == "sequence" else None
-        alone = boundaries is None and self.config.router.gate_dtype == "fp32_out"
-        if not alone or not gate_wins(x_TD, self.weight, self.expert_bias, **options):
+        wanted = self.config.router.fused_gate and boundaries is None
+        if not wanted or not gate_wins(x_TD, self.weight, self.expert_bias, **options):
             logits_TE = self.logits(x_TD, late)
             routed = route_topk(logits_TE, self.expert_bias, valid=valid_T, cu_seqlens=boundaries, **options)
             return logits_TE, routed

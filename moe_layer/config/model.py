@@ -35,6 +35,9 @@ class RouterConfig:
     """Add a learned `router.bias [E]` to the logits (gpt-oss)."""
     gate_dtype: Literal["fp32_out", "fp32", "input"] = "fp32_out"
     """Gate GEMM: input-dtype operands with fp32 accumulation and output, all fp32, or all in the input's dtype."""
+    fused_gate: bool = False
+    """On Hopper, gate GEMM and routing in one kernel where that measured faster (ops/gate_topk.py). It sums over
+    hidden_size in another order, so an id may differ where the deciding keys are that close."""
     jitter_eps: Fraction = 0.0
     """While training, multiply the router's input by uniform noise in [1-eps, 1+eps]."""
     capacity_factor: PositiveFloat | None = None

@@ -63,6 +63,8 @@ def router(c: model.RouterConfig) -> Problems:
     yield from _groups(c)
     if c.capacity_factor is None:
         yield from _ineffective(c, ("capacity_policy", "pad_to_capacity"), "capacity_factor")
+    if c.gate_dtype != "fp32_out":
+        yield from _ineffective(c, ("fused_gate",), "gate_dtype fp32_out")
 
 
 def _softmax(c: model.RouterConfig) -> Problems:

@@ -212,7 +212,7 @@ def test_router_module(grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     groups = {"score_function": "sigmoid", "num_groups": 8, "group_topk": 4, "expert_bias": True}
     config = MoEConfig(
         hidden_size=512,
-        router=RouterConfig(num_experts=128, top_k=8, **(groups if grouped else {})),
+        router=RouterConfig(num_experts=128, top_k=8, fused_gate=True, **(groups if grouped else {})),
         experts=ExpertsConfig(intermediate_size=64),
         losses=LossesConfig(aux="batch", aux_coeff=0.01, z_coeff=0.001),
     )

@@ -145,7 +145,7 @@ def test_bad_arguments(text: str, error: type[Exception], change: dict[str, Any]
 def config(**router: Any) -> MoEConfig:
     return MoEConfig(
         hidden_size=24,
-        router=RouterConfig(num_experts=16, top_k=4, linear_bias=True, **router),
+        router=RouterConfig(num_experts=16, top_k=4, linear_bias=True, **{"fused_gate": True, **router}),
         experts=ExpertsConfig(intermediate_size=8),
         losses=LossesConfig(aux="batch", aux_coeff=0.02, z_coeff=0.001),
         replay=ReplayConfig(bias_counts="effective" if "capacity_factor" in router else "live"),
@@ -184,6 +184,7 @@ def test_the_layer_asks_for_logits_only_to_return_them(monkeypatch: pytest.Monke
     with torch.no_grad():
         layer(x)
         _, routing = layer(x, return_routing=True)
+        MoELayer(config(fused_gate=False))(x)
     assert asked == [False, True] and routing.stats["logits"].shape == (5, 16)
 
 

@@ -164,6 +164,10 @@ LAYER_RULES: list[tuple[list[str], list[str]]] = [
     ),
     (["dispatch.static_factor=1.5", "dispatch.overflow=drop", "dispatch.capacity=static"], []),
     (
+        ["router.fused_gate=true", "router.gate_dtype=fp32"],
+        ["fused_gate (true) has no effect without gate_dtype fp32_out; set that, or leave fused_gate at false"],
+    ),
+    (
         ["dispatch.reduce=false"],
         ["reduce (false) has no effect without backend replicated; set that, or leave reduce at true"],
     ),

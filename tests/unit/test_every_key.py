@@ -31,6 +31,7 @@ SMALL = [
 
 ELSEWHERE = {
     "moe.kernels": "tests/unit/test_every_key.py::test_kernels",
+    "moe.router.fused_gate": "tests/ops/test_gate_topk.py::test_the_layer_asks_for_logits_only_to_return_them",
     "moe.experts.fp8_recipe": "tests/unit/test_experts_te.py::test_fp8_pads_groups_and_changes_the_numbers",
     "moe.shared_expert.mode": "tests/unit/test_packed.py::test_one_grouped_call",
     "moe.dispatch.backend": "tests/distributed/test_keys.py::test_backend",
