@@ -54,38 +54,20 @@ def _product(x_TD: Tensor, weight: Tensor, gate_bias: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("moe_layer::gate_topk", mutates_args=(), schema=SCHEMA)
 def _op(
-    x: Tensor,
-    weight: Tensor,
-    gate_bias: Tensor | None,
-    expert_bias: Tensor | None,
-    replay_ids: Tensor | None,
-    replay_weights: Tensor | None,
-    valid: Tensor | None,
-    *,
-    want_logits: bool,
-    **options: Any,
+    x: Tensor, weight: Tensor, gate_bias: Tensor | None, *routing_inputs: Any, want_logits: bool, **options: Any
 ) -> tuple[Tensor, ...]:
     logits_TE = _product(x, weight, gate_bias)
-    outputs = plain._op._init_fn(logits_TE, expert_bias, replay_ids, replay_weights, valid, None, **options, **_UNASKED)
+    outputs = plain._op._init_fn(logits_TE, *routing_inputs, None, **options, **_UNASKED)
     return (logits_TE if want_logits else logits_TE.new_empty((0, weight.shape[0])), *outputs)
 
 
 @_op.register_fake
 def _fake(
-    x: Tensor,
-    weight: Tensor,
-    gate_bias: Tensor | None,
-    expert_bias: Tensor | None,
-    replay_ids: Tensor | None,
-    replay_weights: Tensor | None,
-    valid: Tensor | None,
-    *,
-    want_logits: bool,
-    **options: Any,
+    x: Tensor, weight: Tensor, gate_bias: Tensor | None, *routing_inputs: Any, want_logits: bool, **options: Any
 ) -> tuple[Tensor, ...]:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     logits_TE = x.new_empty((x.shape[0], weight.shape[0]), dtype=wide)
-    outputs = plain._fake(logits_TE, expert_bias, replay_ids, replay_weights, valid, None, **options, **_UNASKED)
+    outputs = plain._fake(logits_TE, *routing_inputs, None, **options, **_UNASKED)
     return (logits_TE if want_logits else logits_TE.new_empty((0, weight.shape[0])), *outputs)
 
 

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -30,9 +28,9 @@ import dispatch_layer  # noqa: E402
 import dispatch_routed  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-import torch.multiprocessing as mp  # noqa: E402
 from dispatch_peers import UndedupedDispatcher, dispatch_config  # noqa: E402
 from dispatch_timing import Meter, Samples  # noqa: E402
+from ranks import start_ranks  # noqa: E402
 
 from moe_layer.dispatch import make_dispatcher  # noqa: E402
 from moe_layer.dispatch.formats import format_for  # noqa: E402
@@ -250,19 +248,7 @@ def main() -> int:
     if arguments.model:
         print(table(link_gbps=arguments.link_gbps))
         return 0
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-        ranks = mp.start_processes(
-            work, (arguments, f"file://{folder}/store"), nprocs=arguments.ranks, join=False, start_method="spawn"
-        )
-        until = time.monotonic() + arguments.limit
-        while not ranks.join(timeout=1.0):
-            if time.monotonic() > until:
-                for process in ranks.processes:
-                    process.kill()
-                print(f"the ranks did not finish within --limit {arguments.limit:g} s and were ended", file=sys.stderr)
-                return 1
-    return 0
+    return start_ranks(work, arguments)
 
 
 if __name__ == "__main__":

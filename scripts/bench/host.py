@@ -20,7 +20,6 @@ import os
 import pstats
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,9 +30,9 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-import torch.multiprocessing as mp  # noqa: E402
 from dispatch_layer import SHAPES, make_layer, make_step  # noqa: E402
 from dispatch_peers import dispatch_config  # noqa: E402
+from ranks import start_ranks  # noqa: E402
 
 import moe_layer  # noqa: E402
 from moe_layer import MoELayer  # noqa: E402
@@ -306,19 +305,7 @@ def main() -> int:
     if arguments.ranks == 1:
         work(0, arguments, "")
         return 0
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    with tempfile.TemporaryDirectory() as folder:
-        begin = mp.start_processes(
-            work, (arguments, f"file://{folder}/store"), nprocs=arguments.ranks, join=False, start_method="spawn"
-        )
-        until = time.monotonic() + arguments.limit
-        while not begin.join(timeout=1.0):
-            if time.monotonic() > until:
-                for process in begin.processes:
-                    process.kill()
-                print(f"the ranks did not finish within --limit {arguments.limit:g} s and were ended", file=sys.stderr)
-                return 1
-    return 0
+    return start_ranks(work, arguments)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_layer.config import DispatchConfig, LossesConfig, SharedExpertConfig
-from tests.gpu.test_layer_gpu import D, E, K, backends, make, relative, step
+from tests.gpu.test_layer_gpu import D, E, K, backends, capture, make, relative, step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 MATRICES = ("experts.gate_up_proj", "experts.down_proj")
@@ -89,21 +89,7 @@ def test_same_bits_without_synchronisation_and_in_a_graph(backend):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
     x = x.detach().clone().requires_grad_()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            layer.zero_grad(set_to_none=True)
-            x.grad = None
-            layer(x).backward(upstream)
-    torch.cuda.current_stream().wait_stream(side)
-    layer.zero_grad(set_to_none=True)
-    x.grad = None
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = layer(x)
-        y.backward(upstream)
-    captured = [y, x.grad, *(p.grad for p in layer.parameters())]
+    graph, captured = capture(layer, x, upstream)
     for seed in range(3):
         torch.manual_seed(seed)
         x.data.copy_(torch.randn(300, D, device="cuda"))

@@ -97,11 +97,8 @@ def test_no_host_synchronisation(backend):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("backend", backends())
-def test_cuda_graph_replays_other_routings(backend):
-    layer = make(backend)
-    x = torch.randn(300, D, device="cuda").bfloat16().requires_grad_()
-    upstream = torch.randn(300, D, device="cuda").bfloat16()
+def capture(layer, x, upstream):
+    """A graph of forward and backward, and what it writes: y, x.grad and the gradients of the parameters."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -116,7 +113,15 @@ def test_cuda_graph_replays_other_routings(backend):
     with torch.cuda.graph(graph):
         y = layer(x)
         y.backward(upstream)
-    captured = [y, x.grad, *(p.grad for p in layer.parameters())]
+    return graph, [y, x.grad, *(p.grad for p in layer.parameters())]
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_cuda_graph_replays_other_routings(backend):
+    layer = make(backend)
+    x = torch.randn(300, D, device="cuda").bfloat16().requires_grad_()
+    upstream = torch.randn(300, D, device="cuda").bfloat16()
+    graph, captured = capture(layer, x, upstream)
     for seed in range(3):
         torch.manual_seed(seed)
         fresh = torch.randn(300, D, device="cuda").bfloat16()

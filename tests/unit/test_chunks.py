@@ -20,6 +20,7 @@ from moe_layer.layer import MoELayer
 from moe_layer.replay.session import RoutingSession
 from moe_layer.types import RoutingDecision
 from tests.unit.config_cases import ROOT
+from tests.unit.layers import inputs, random_layer
 
 T = 13
 MATRICES = ("experts.gate_up_proj", "experts.down_proj")
@@ -27,20 +28,7 @@ MATRICES = ("experts.gate_up_proj", "experts.down_proj")
 
 def make(chunks: int, dtype: torch.dtype = torch.float64, **changes: Any) -> MoELayer:
     config = load_config(ROOT / "configs/bench/cpu.yaml", {**changes, "dispatch.chunks": chunks}, kind=MoEConfig)
-    torch.manual_seed(3)
-    layer = MoELayer(config, dtype=dtype)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randn(parameter.shape, dtype=dtype) * 0.1)
-    return layer
-
-
-def inputs(layer: MoELayer, tokens: int) -> tuple[Tensor, Tensor]:
-    """x and the upstream gradient."""
-    generator = torch.Generator().manual_seed(8)
-    hidden, dtype = layer.config.hidden_size, layer.router.weight.dtype
-    x, upstream = (torch.randn(tokens, hidden, generator=generator).to(dtype) for _ in range(2))
-    return x.requires_grad_(), upstream
+    return random_layer(config, dtype)
 
 
 def run(layer: MoELayer, tokens: int = T, call: Callable[..., Any] | None = None, **options: Any) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from moe_layer.experts import compute
 from moe_layer.experts.packed import NAMES, _joint, _owners
 from moe_layer.layer import MoELayer
 from tests.unit.config_cases import ROOT
+from tests.unit.layers import inputs, random_layer
 
 T = 13
 
@@ -24,20 +25,7 @@ T = 13
 def make(mode: str, dtype: torch.dtype = torch.float64, **changes: Any) -> MoELayer:
     base = {"shared_expert": {"intermediate_size": 64, "mode": mode}, "experts.intermediate_size": 64}
     config = load_config(ROOT / "configs/bench/cpu.yaml", {**base, **changes}, kind=MoEConfig)
-    torch.manual_seed(3)
-    layer = MoELayer(config, dtype=dtype)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randn(parameter.shape, dtype=dtype) * 0.1)
-    return layer
-
-
-def inputs(layer: MoELayer, tokens: int) -> tuple[Tensor, Tensor]:
-    """x and the upstream gradient."""
-    generator = torch.Generator().manual_seed(8)
-    hidden, dtype = layer.config.hidden_size, layer.router.weight.dtype
-    x, upstream = (torch.randn(tokens, hidden, generator=generator).to(dtype) for _ in range(2))
-    return x.requires_grad_(), upstream
+    return random_layer(config, dtype)
 
 
 def run(layer: MoELayer, tokens: int = T, valid: Tensor | None = None) -> dict[str, Tensor]:
