@@ -5,6 +5,7 @@ L layers, T tokens, K top-k. A router call is one token in one layer.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import asdict, dataclass
 
 import torch
@@ -17,6 +18,8 @@ from moe_layer.replay.tap import Routed, is_capturing
 
 EVENTS = ("rows_replayed", "slots_replayed", "slots_filled", "duplicates", "out_of_range")
 """The first entries of `route_topk`'s events."""
+Counts = list[tuple[int, Tensor]]
+"""Layer and counts of router calls."""
 COMPARED = ("rows", "mismatched", "zero_overlap", "overlap", "margin", "margin_mismatched")
 
 
@@ -60,8 +63,13 @@ class ReplayMetrics:
         overlap, so give a limit above the usual mismatch there.
 
         Raises:
-            TraceError: names both numbers.
+            TraceError: names both numbers; or nothing was compared although a trace was replayed.
         """
+        if self.rows_replayed > 0 and self.rows_compared == 0:
+            raise TraceError(
+                f"{self.rows_replayed} router calls were replayed and none was compared, so nothing is known about "
+                "the alignment; use replay(plan, measure=True), or compare(plan)"
+            )
         if self.zero_overlap > limit:
             raise TraceError(
                 f"{100 * self.zero_overlap:.1f}% of {self.rows_compared} router calls share no expert with the "
@@ -77,69 +85,33 @@ class Tally:
     def __init__(self, spec: TraceSpec, device: torch.device) -> None:
         self.spec, self.device = spec, device
         layers = len(spec.layers)
+        self._lock = threading.Lock()  # blocks of several threads may end at a time
         with torch.inference_mode(False):  # added to in any mode later
             self._events = torch.zeros(layers, NUM_EVENTS, dtype=torch.int64, device=device)
             self._compared = torch.zeros(layers, len(COMPARED), dtype=torch.float64, device=device)
             self._tokens = torch.zeros(2, dtype=torch.int64, device=device)
-        self._differs: dict[int, Tensor] = {}
-        self._pending: list[tuple[int, Tensor]] = []
 
-    def add_events(self, layer: int, events: Tensor) -> None:
-        """Of one router call; summed at the end of the micro-batch, in one launch for all layers.
+    def block(self) -> BlockTally:
+        """Counts of one `with` block, which join the sums when it ends."""
+        return BlockTally(self)
 
-        Not so in a capture, which may be over before the micro-batch's block is.
-        """
-        if is_capturing(events):
-            self._events[layer].add_(events)
-        else:
-            self._pending.append((layer, events))
-
-    def _sum_events(self) -> None:
-        layers = [layer for layer, _ in self._pending]
-        if len(layers) > 1 and layers == list(range(len(self.spec.layers))):
-            self._events.add_(torch.stack([events for _, events in self._pending]))
-        else:  # one layer, or several calls of each
-            for layer, events in self._pending:
-                self._events[layer].add_(events)
-        self._pending = []
-
-    @torch.no_grad()
-    def add_comparison(self, layer: int, a_TK: Tensor, b_TK: Tensor, routed: Routed, *, first: int) -> None:
-        """Compare two choices where both are complete; `first` identifies the tokens across layers."""
-        top_k = a_TK.shape[1]
-        complete_T = (a_TK >= 0).all(1) & (b_TK >= 0).all(1)
-        shared_T = (a_TK.unsqueeze(2) == b_TK.unsqueeze(1)).any(2).sum(1)
-        differs_T = complete_T & (shared_T < top_k)
-        gap_T = _margin(routed.logits_TE, top_k)
-        counts = (complete_T, differs_T, complete_T & (shared_T == 0))
-        sums = [count.sum() for count in counts]
-        sums += [(shared_T * complete_T).sum() / top_k, (gap_T * complete_T).sum(), (gap_T * differs_T).sum()]
-        self._compared[layer].add_(torch.stack([value.to(torch.float64) for value in sums]))
-        known = self._differs.get(first)
-        pair = torch.stack((differs_T, complete_T))
-        self._differs[first] = pair if known is None else known | pair
-        if is_capturing(pair) and layer == len(self.spec.layers) - 1:
-            self._sum_tokens()
-
-    def finish_tokens(self) -> None:
-        """End of a micro-batch: its events, and tokens that differ in any layer."""
-        self._sum_events()
-        self._sum_tokens()
-
-    @torch.no_grad()
-    def _sum_tokens(self) -> None:
-        for pair in self._differs.values():
-            self._tokens += pair.sum(1)
-        self._differs = {}
+    def add(self, events: Counts, compared: Counts, tokens: list[Tensor]) -> None:
+        """Router calls by layer; pairs of tokens that differ and that were compared."""
+        with self._lock:
+            _add_by_layer(self._events, events)
+            _add_by_layer(self._compared, compared)
+            for pair in tokens:
+                self._tokens += pair.sum(1)
 
     def read(self) -> ReplayMetrics:
-        """One copy to the host; starts the next interval."""
-        self._sum_events()
-        packed = torch.cat([self._events.double().flatten(), self._compared.flatten(), self._tokens.double()]).cpu()
+        """One copy to the host; starts the next interval. Blocks that are open, or that raised, are not in it."""
+        sums = (self._events, self._compared, self._tokens)
+        with self._lock:
+            packed = torch.cat([tensor.double().flatten() for tensor in sums]).cpu()
+            for tensor in sums:
+                tensor.zero_()
         layers = len(self.spec.layers)
         events, compared, tokens = packed.split([layers * NUM_EVENTS, layers * len(COMPARED), 2])
-        for tensor in (self._events, self._compared, self._tokens):
-            tensor.zero_()
         by_layer = compared.view(layers, len(COMPARED))
         counts = dict(zip(EVENTS, events.view(layers, -1).sum(0).long().tolist(), strict=False))
         total = dict(zip(COMPARED, by_layer.sum(0).tolist(), strict=True))
@@ -157,6 +129,62 @@ class Tally:
                 name: row[1] / max(1.0, row[0]) for name, row in zip(self.spec.layers, by_layer.tolist(), strict=True)
             },
         )
+
+
+class BlockTally:
+    """What one block saw, kept until it ends: a block that raises leaves nothing behind, threads do not mix.
+
+    A CUDA graph adds to the session's sums at each launch; its capture may be over before the block is.
+    """
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+        self._events: Counts = []
+        self._compared: Counts = []
+        self._differs: dict[int, Tensor] = {}
+
+    def add_events(self, layer: int, events: Tensor) -> None:
+        """Of one router call; summed at the end of the block, in one launch for all layers."""
+        if is_capturing(events):
+            self._tally.add([(layer, events)], [], [])
+        else:
+            self._events.append((layer, events))
+
+    @torch.no_grad()
+    def add_comparison(self, layer: int, a_TK: Tensor, b_TK: Tensor, routed: Routed, *, first: int) -> None:
+        """Compare two choices where both are complete; `first` identifies the tokens across layers."""
+        top_k = a_TK.shape[1]
+        complete_T = (a_TK >= 0).all(1) & (b_TK >= 0).all(1)
+        shared_T = (a_TK.unsqueeze(2) == b_TK.unsqueeze(1)).any(2).sum(1)
+        differs_T = complete_T & (shared_T < top_k)
+        gap_T = _margin(routed.logits_TE, top_k)
+        counts = (complete_T, differs_T, complete_T & (shared_T == 0))
+        sums = [count.sum() for count in counts]
+        sums += [(shared_T * complete_T).sum() / top_k, (gap_T * complete_T).sum(), (gap_T * differs_T).sum()]
+        compared = (layer, torch.stack([value.to(torch.float64) for value in sums]))
+        known = self._differs.get(first)
+        pair = torch.stack((differs_T, complete_T))
+        self._differs[first] = pair if known is None else known | pair
+        if is_capturing(pair):
+            last = layer == len(self._tally.spec.layers) - 1
+            self._tally.add([], [compared], [self._differs.pop(first)] if last else [])
+        else:
+            self._compared.append(compared)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """End of the block: its router calls, and tokens that differ in any layer."""
+        self._tally.add(self._events, self._compared, list(self._differs.values()))
+
+
+def _add_by_layer(sums_LC: Tensor, counts: Counts) -> None:
+    """One launch where every layer ran once, in order."""
+    layers = [layer for layer, _ in counts]
+    if len(layers) > 1 and layers == list(range(len(sums_LC))):
+        sums_LC.add_(torch.stack([count for _, count in counts]))
+    else:  # one layer, or several calls of each
+        for layer, count in counts:
+            sums_LC[layer].add_(count)
 
 
 def _margin(logits_TE: Tensor, top_k: int) -> Tensor:

@@ -9,13 +9,13 @@ T tokens, K top-k, L layers.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from moe_layer.errors import RoutingError, TraceError
-from moe_layer.replay.metrics import Tally
+from moe_layer.replay.metrics import BlockTally
 from moe_layer.replay.plan import RoutingPlan
 from moe_layer.replay.tap import Routed
 from moe_layer.types import RoutingDecision
@@ -50,8 +50,12 @@ class Frame:
 
     def within(self, run: Run) -> Frame:
         """This frame with one more block."""
-        if isinstance(run, Replayed) and self.replays:
-            raise RoutingError("replay is open already; a micro-batch has one plan, close the other block first")
+        for open_run, _ in self.parts:
+            if isinstance(run, (Replayed, Compared)) and isinstance(open_run, (Replayed, Compared)):
+                raise RoutingError(
+                    f"{open_run.name} is open already, so {run.name} would not see live routing; a micro-batch has one "
+                    "plan: close the other block first, or measure with replay(plan, measure=True)"
+                )
         return replace(self, parts=(*self.parts, (run, {})))
 
     def protect(self) -> Frame:
@@ -119,8 +123,9 @@ class Recorded:
 class Replayed:
     """Run of `replay`; `measure` also asks every router what it would have chosen."""
 
+    name: ClassVar[str] = "replay"
     plan: RoutingPlan
-    tally: Tally
+    tally: BlockTally
     measure: bool
 
     def decide(self, layer: int, done: dict[int, int], num_tokens: int) -> RoutingDecision:
@@ -133,16 +138,17 @@ class Replayed:
             self.tally.add_comparison(layer, routed.ids_TK, routed.live(), routed, first=done[layer])
 
     def finish(self, done: dict[int, int]) -> None:
-        check_consumed(self.plan, done, "replay")
-        self.tally.finish_tokens()
+        check_consumed(self.plan, done, self.name)
+        self.tally.finish()
 
 
 @dataclass
 class Compared:
     """Run of `compare`: live routing, measured against a plan."""
 
+    name: ClassVar[str] = "compare"
     plan: RoutingPlan
-    tally: Tally
+    tally: BlockTally
 
     def decide(self, layer: int, done: dict[int, int], num_tokens: int) -> None:
         advance(self.plan, layer, done, num_tokens)
@@ -154,8 +160,8 @@ class Compared:
         self.tally.add_comparison(layer, planned, routed.ids_TK, routed, first=stop)
 
     def finish(self, done: dict[int, int]) -> None:
-        check_consumed(self.plan, done, "compare")
-        self.tally.finish_tokens()
+        check_consumed(self.plan, done, self.name)
+        self.tally.finish()
 
 
 class UnboundGuard:

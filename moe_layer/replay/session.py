@@ -138,16 +138,17 @@ class RoutingSession:
 
         Raises:
             TraceError: another E, K, device or other layers; more or fewer tokens than the plan has.
+            RoutingError: a replay or compare is open already.
         """
         plan = self._fit(plan)
-        with self._open(Replayed(plan, self._sums(), measure)):
+        with self._open(Replayed(plan, self._sums().block(), measure)):
             yield
 
     @contextmanager
     def compare(self, plan: RoutingPlan | RoutingTrace) -> Iterator[None]:
-        """Route live and count how far it is from the plan; read it with `metrics()`."""
+        """Route live and count how far it is from the plan; read it with `metrics()`. Raises as `replay`."""
         plan = self._fit(plan)
-        with self._open(Compared(plan, self._sums())):
+        with self._open(Compared(plan, self._sums().block())):
             yield
 
     @contextmanager
@@ -157,7 +158,7 @@ class RoutingSession:
             yield
 
     def metrics(self) -> ReplayMetrics:
-        """Sums since the last call; one host synchronisation."""
+        """Sums over the blocks that ended since the last call; one host synchronisation."""
         return self._sums().read()
 
     # ---- recompute --------------------------------------------------------------------------------------------------
