@@ -40,7 +40,8 @@ class MoELayer(nn.Module):
 
     Args:
         config: the layer's configuration (`MoEConfig`, or `load_config("qwen3-30b-a3b")`).
-        device, dtype: of the parameters; `device="meta"` builds without memory, then `to_empty` and `reset_parameters`.
+        device, dtype: of the parameters; `device="meta"` builds without memory. Then `to_empty` and `reset_parameters`
+            or `load_state_dict`, or `load_state_dict(assign=True)` alone.
 
     Raises:
         ConfigError: `kernels: cuda` without the compiled library.
@@ -164,7 +165,8 @@ class MoELayer(nn.Module):
             y `[..., D]` in x's dtype, or `(y, Routing)`. The auxiliary losses are attached to y's graph.
 
         Raises:
-            RoutingError: shapes, dtypes or devices that do not fit.
+            RoutingError: shapes, dtypes or devices that do not fit. Outside autocast x has the experts' dtype.
+            RuntimeError: in the backward, under create_graph=True: there are no second derivatives.
         """
         self._check_input(x, valid)
         x_TD = x if x.ndim == 2 else rearrange(x, "... d -> (...) d")
@@ -285,6 +287,12 @@ class MoELayer(nn.Module):
             raise RoutingError('the layer is on device "meta"; call to_empty(device=...) and reset_parameters() first')
         if x.device != weight.device:
             raise RoutingError(f"x is on {x.device} and the layer on {weight.device}; move one of them")
+        dtype = self.experts.gate_up_proj.dtype
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise RoutingError(
+                f"x is {x.dtype} and the experts' weights {dtype}; convert one of them with .to(), or run under "
+                "torch.autocast"
+            )
         if valid is not None and (valid.dtype != torch.bool or valid.shape != x.shape[:-1]):
             raise RoutingError(
                 f"valid must be bool {tuple(x.shape[:-1])} (True = real token), got {valid.dtype} {tuple(valid.shape)}"

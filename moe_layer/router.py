@@ -10,7 +10,7 @@ T tokens, D hidden, E experts, K top-k, S sequences.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,11 @@ if TYPE_CHECKING:
     from moe_layer.parallel.context import ParallelContext
 
 _FP32_BUFFERS = ("expert_bias", "loss_scale", "log_sums")
+
+
+def _start_of(buffer: str) -> float:
+    """A new buffer's value."""
+    return 1.0 if buffer == "loss_scale" else 0.0
 
 
 class Router(nn.Module):
@@ -90,9 +95,8 @@ class Router(nn.Module):
         nn.init.normal_(self.weight, std=self.config.experts.init_std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-        for buffer in self.buffers():
-            buffer.zero_()
-        self.loss_scale.fill_(1.0)
+        for name, buffer in self.named_buffers():
+            buffer.fill_(_start_of(name))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         before = {name: getattr(self, name) for name in _FP32_BUFFERS if getattr(self, name) is not None}
@@ -101,7 +105,27 @@ class Router(nn.Module):
             new = getattr(self, name)
             if new.dtype != old.dtype:
                 setattr(self, name, old.to(new.device))
+        if before["loss_scale"].is_meta and not self.loss_scale.is_meta:
+            for name in self._non_persistent_buffers_set:
+                getattr(self, name).fill_(_start_of(name))
         return self
+
+    # Counters are in no checkpoint. Where a model gets its memory after its construction (`to_empty` above,
+    # transformers' from_pretrained, `load_state_dict(assign=True)`), nobody else would give them a value.
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = self.__dict__.get("_buffers", {}).get(name)
+        super().__setattr__(name, value)
+        if before is not None and before.is_meta and name in self._non_persistent_buffers_set:
+            getattr(self, name).fill_(_start_of(name))
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+        if self.loss_scale.is_meta and not self.weight.is_meta:
+            for name in self._non_persistent_buffers_set:
+                setattr(self, name, torch.empty_like(getattr(self, name), device=self.weight.device))
+        if self.expert_bias is not None and self.expert_bias.dtype in (torch.bfloat16, torch.float16):
+            self.expert_bias = self.expert_bias.float()  # assigned as it was saved, by a program that cast it
 
     def forward(
         self,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from moe_layer.experts.compute import row_gradient, run_backward, run_forward
 from moe_layer.experts.parts import Parts
 from moe_layer.experts.spec import ExpertsSpec, Layout, Weights
+from moe_layer.ops._call import refuse_second_derivative
 from moe_layer.types import GradientLink
 
 NAMES = ("experts.gate_up_proj", "experts.down_proj", "experts.gate_up_proj_bias", "experts.down_proj_bias")
@@ -69,8 +70,8 @@ class ExpertsFunction(torch.autograd.Function):
         return rows_ND
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_rows_ND: Tensor) -> tuple[Any, ...]:
+        refuse_second_derivative()
         *tensors, h = ctx.saved_tensors
         split = len(Layout._fields)
         main_grads = [main_grad_of(p, name) for p, name in zip(ctx.parameters, NAMES, strict=True)]

@@ -23,6 +23,7 @@ from moe_layer.experts.parameters import Experts, local_part
 from moe_layer.experts.parts import Parts
 from moe_layer.experts.shared import SharedExpert
 from moe_layer.experts.spec import Layout, RowGradient, Weights
+from moe_layer.ops._call import refuse_second_derivative
 from moe_layer.parallel.compat import set_local
 from moe_layer.types import GradientLink, Received
 
@@ -188,8 +189,8 @@ class _PackedExperts(torch.autograd.Function):
         return out[T + pads :], out[:T]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_rows: Tensor, d_y: Tensor) -> tuple[Any, ...]:
+        refuse_second_derivative()
         spec, owners, link, sum_gradient, pads, parts = ctx.static
         rows, probs, x, *w, h = ctx.saved_tensors
         need_rows, need_probs, need_x, *need_w = ctx.needs_input_grad[2:]

@@ -1,4 +1,4 @@
-"""Call an op where no graph is being built."""
+"""Call an op where no graph is being built; refuse where one of the second order is."""
 
 from __future__ import annotations
 
@@ -19,3 +19,17 @@ def call_plain(op: Any, *args: Any, **kwargs: Any) -> Any:
         return op(*args, **kwargs)
     with torch._C._AutoDispatchBelowADInplaceOrView():
         return op(*args, **kwargs)
+
+
+def refuse_second_derivative() -> None:
+    """For the backward of an autograd.Function whose own derivative does not exist.
+
+    Raises:
+        RuntimeError: under create_graph=True. torch would take the missing part as zero wherever some other path from
+            the gradient to the inputs exists.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "moe_layer has no second derivatives (create_graph=True); differentiate once, or leave the layer out of "
+            "what is differentiated twice"
+        )

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_layer.ops._call import refuse_second_derivative
+
 
 class LateProduct:
     """Carries a @ b from a consumer's backward to the fan-out's, in place of that consumer's gradient (None then).
@@ -45,6 +47,7 @@ class _FanOut(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        refuse_second_derivative()
         total: Tensor | None = None
         for grad in grads:
             if grad is not None:

@@ -209,6 +209,19 @@ def test_runs_twice_with_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(first, gradients(layer, x, layer, upstream), strict=True))
 
 
+@pytest.mark.parametrize("shared", [None, "overlap", "packed"])
+@pytest.mark.parametrize("of", ["x", "parameters"])
+def test_a_second_derivative_is_an_error_not_a_zero(of, shared):
+    """The residual gives torch a path from the gradient to x, along which it would find a part of the answer."""
+    shared = None if shared is None else SharedExpertConfig(intermediate_size=F, mode=shared)
+    layer = make_layer(make_config(shared_expert=shared))
+    x = torch.randn(5, D, dtype=torch.float64, requires_grad=of == "x")
+    loss = (x**2 + layer(x)).square().sum()
+    with pytest.raises(RuntimeError, match="moe_layer has no second derivatives"):
+        torch.autograd.grad(loss, [x] if of == "x" else list(layer.parameters()), create_graph=True)
+    loss.backward()
+
+
 def test_counters_stand_still_without_backward():
     layer = make_layer(make_config())
     with torch.no_grad():

@@ -14,6 +14,10 @@ from tests.unit.test_layer import D, E, K, make_config, make_layer
 BAD = {
     "hidden": (lambda: {"x": torch.zeros(3, D + 1)}, r"x must be \[\.\.\., 16\] \(hidden_size\), got \(3, 17\)"),
     "int": (lambda: {"x": torch.zeros(3, D, dtype=torch.int64)}, "x must be floating, got torch.int64"),
+    "dtype": (
+        lambda: {"x": torch.zeros(3, D).bfloat16()},
+        r"x is torch.bfloat16 and the experts' weights torch.float32; convert one of them with .to\(\), or run under",
+    ),
     "valid": (lambda: {"x": torch.zeros(3, D), "valid": torch.ones(3)}, r"valid must be bool \(3,\)"),
     "valid_shape": (lambda: {"x": torch.zeros(3, D), "valid": torch.ones(4, dtype=torch.bool)}, r"valid must be bool"),
     "replay_shape": (

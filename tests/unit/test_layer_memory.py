@@ -1,0 +1,103 @@
+"""A layer that gets its memory after its construction: counters, loss scale and biases start as in any other layer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moe_layer import MoELayer
+from moe_layer.config import BalanceConfig, RouterConfig
+from tests.unit.test_layer import LOSSES, D, E, K, make_config, make_layer
+
+CONFIG = make_config(
+    router=RouterConfig(num_experts=E, top_k=K, score_function="sigmoid", expert_bias=True),
+    losses=LOSSES,
+    balance=BalanceConfig(bias_update_rate=0.25),
+)
+
+
+@pytest.fixture(autouse=True)
+def memory_without_values() -> Iterator[None]:
+    """torch.empty gives NaN and the largest integers, where it would give what was there by chance."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def to_empty(meta: nn.Module, saved: dict[str, Tensor]) -> None:
+    meta.to_empty(device="cpu").load_state_dict(saved)
+
+
+def assign(meta: nn.Module, saved: dict[str, Tensor]) -> None:
+    meta.load_state_dict(saved, assign=True)
+
+
+def assign_strictly_cast(meta: nn.Module, saved: dict[str, Tensor]) -> None:
+    """A checkpoint in which somebody cast everything to bf16."""
+    saved = {name: value.bfloat16() if "expert_bias" in name else value for name, value in saved.items()}
+    meta.load_state_dict(saved, assign=True)
+
+
+def one_by_one(meta: nn.Module, saved: dict[str, Tensor]) -> None:
+    """As transformers' from_pretrained does it."""
+    for path, module in meta.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(saved[prefix + name], parameter.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, saved.get(prefix + name, torch.empty_like(buffer, device="cpu")))
+
+
+def two_steps(layer: nn.Module) -> dict[str, Any]:
+    """What two steps leave behind."""
+    moe = next(module for module in layer.modules() if isinstance(module, MoELayer))
+    x = torch.randn(9, D, generator=torch.Generator().manual_seed(4)).to(moe.router.weight.dtype)
+    for _ in range(2):
+        layer(x).square().sum().backward()
+        moe.check()
+        moe.update_bias()
+    found = {f"grad {name}": parameter.grad for name, parameter in layer.named_parameters()}
+    return found | moe.collect_stats() | dict(layer.named_buffers())
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("fill", [to_empty, assign, assign_strictly_cast, one_by_one])
+def test_memory_after_construction(fill: Callable[[nn.Module, dict[str, Tensor]], None]) -> None:
+    layer = make_layer(CONFIG)
+    layer.router.expert_bias.normal_().copy_(layer.router.expert_bias.bfloat16())
+    meta = MoELayer(CONFIG, device="meta", dtype=torch.float64)
+    fill(meta, copy.deepcopy(layer.state_dict()))
+    assert_same(two_steps(meta), two_steps(layer))
+
+
+def test_from_pretrained(tmp_path: Path) -> None:
+    """The layer in somebody's own transformers model."""
+    transformers = pytest.importorskip("transformers")
+
+    class Model(transformers.PreTrainedModel):
+        config_class = transformers.PretrainedConfig
+        base_model_prefix = "model"
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.moe = MoELayer(CONFIG)
+            self.post_init()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.moe(x)
+
+    model = Model(transformers.PretrainedConfig())
+    model.moe.router.expert_bias.normal_()
+    model.save_pretrained(tmp_path)
+    assert_same(two_steps(Model.from_pretrained(tmp_path).train()), two_steps(model))
