@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moe_layer.ops._call import call_plain
+from moe_layer.ops.kernels import load_kernels
 
 SUMMARY = ("aux", "z", "micro_batches", "tokens", "dropped")
 
@@ -200,6 +201,7 @@ def batch_losses(
         raise ValueError(f"z_sum must be [1], got {tuple(z_sum.shape)}")
     options = {"top_k": top_k, "aux_coeff": float(aux_coeff), "z_coeff": float(z_coeff)}
     inputs = (counts_E, aux_counts_SE, score_sum_SE, z_sum)
+    load_kernels(counts_E)
     if torch.compiler.is_compiling():
         return BatchLosses(*torch.ops.moe_layer.batch_losses(*inputs, **options))
     return BatchLosses(*_EagerDoor.apply(*inputs, options))

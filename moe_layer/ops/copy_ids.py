@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_layer.ops.kernels import load_kernels
+
 
 @torch.library.custom_op("moe_layer::copy_ids", mutates_args=("out",), schema="(Tensor ids, Tensor(a!) out) -> ()")
 def _op(ids: Tensor, out: Tensor) -> None:
@@ -36,5 +38,6 @@ def check_id_buffer(out: Tensor, *, shape: tuple[int, ...], num_experts: int, de
 def copy_ids(ids: Tensor, out: Tensor, *, num_experts: int) -> Tensor:
     """Copy integer `ids` `[..., K]` into `out` (same shape, contiguous, int16/int32/int64) and return `out`."""
     check_id_buffer(out, shape=tuple(ids.shape), num_experts=num_experts, device=ids.device)
+    load_kernels(ids)
     torch.ops.moe_layer.copy_ids(ids, out)
     return out

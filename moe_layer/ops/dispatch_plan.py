@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from moe_layer.ops._call import call_plain
+from moe_layer.ops.kernels import load_kernels
 
 
 def dispatch_plan(ids_TK: Tensor, *, num_experts: int, num_ranks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Args: int32 ids, -1 = absent. Returns int32 `(counts_E, send_tokens, send_counts_R, position_TR)`: see
     `DispatchPlan`."""
+    load_kernels(ids_TK)
     return call_plain(torch.ops.moe_layer.dispatch_plan, ids_TK, num_experts, num_ranks)
 
 

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_layer.ops import _ext
 from moe_layer.ops import route_topk as plain
 from moe_layer.ops._call import call_plain
 from moe_layer.ops.fan_out import LateProduct
 from moe_layer.ops.gate import gate_logits
+from moe_layer.ops.kernels import kernels_loaded, load_kernels
 from moe_layer.ops.route_topk_bwd import logits_gradient, what_backward_reads
 from moe_layer.ops.route_topk_check import check_arguments, check_losses
 from moe_layer.ops.route_topk_result import RouteTopk
@@ -195,7 +195,8 @@ def gate_topk(
     if gate_bias is not None and gate_bias.dtype not in (x_TD.dtype, torch.float32):
         gate_bias = gate_bias.float()
     tensors = (x_TD, weight, gate_bias, expert_bias, replay_ids, replay_weights, valid)
-    if x_TD.is_cuda and _ext.status().loaded and not gate_fits(x_TD, weight, expert_bias, **options):
+    load_kernels(x_TD)
+    if x_TD.is_cuda and kernels_loaded() and not gate_fits(x_TD, weight, expert_bias, **options):
         logits = gate_logits(x_TD, weight, gate_bias, gate_dtype="fp32_out", late=late)
         options.update(replay_ids=replay_ids, replay_weights=replay_weights, valid=valid, loss_coeffs=loss_coeffs)
         return logits, plain.route_topk(logits, expert_bias, **options)
@@ -244,12 +245,12 @@ def gate_fits(
 @torch.compiler.assume_constant_result
 def _hopper_sms(device: int | None) -> int:
     """Multiprocessors of a Hopper GPU with the library loaded, else 0."""
-    return _sms_of(device)
+    return _sms_of(device) if kernels_loaded() else 0
 
 
 @functools.cache
 def _sms_of(device: int | None) -> int:
-    if not _ext.status().loaded or torch.cuda.get_device_capability(device)[0] != 9:
+    if torch.cuda.get_device_capability(device)[0] != 9:
         return 0
     return torch.cuda.get_device_properties(device).multi_processor_count
 

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from moe_layer.ops._call import call_plain
+from moe_layer.ops.kernels import load_kernels
 
 
 def gather_rows(x_CD: Tensor, index_N: Tensor) -> Tensor:
     """Args: `[C, D]` of any dtype; int32 or int64 `[N]` in `[-1, C)`. Returns `[N, D]`."""
+    load_kernels(x_CD)
     return call_plain(torch.ops.moe_layer.gather_rows, x_CD, index_N)
 
 

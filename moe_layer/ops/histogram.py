@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_layer.ops.kernels import load_kernels
+
 
 def reference(ids: Tensor, num_experts: int) -> Tensor:
     """One pass without a host synchronisation: ids that do not count go to an extra bin that is cut off."""
@@ -45,4 +47,5 @@ def expert_histogram(ids: Tensor, *, num_experts: int) -> Tensor:
         raise TypeError(f"ids must be int32, got {ids.dtype}; convert with .to(torch.int32)")
     if num_experts < 1:
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+    load_kernels(ids)
     return _expert_histogram(ids.contiguous(), num_experts)

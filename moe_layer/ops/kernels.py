@@ -8,6 +8,8 @@ from torch import Tensor
 from moe_layer.errors import ConfigError
 from moe_layer.ops import _ext
 
+_reference_layers = False  # a layer of this process asked for the reference
+
 
 def require_kernels(kernels: str) -> None:
     """Honour `kernels` once, when a layer, a dispatcher or an adapter is built.
@@ -19,7 +21,10 @@ def require_kernels(kernels: str) -> None:
         ConfigError: `cuda` without a loadable library, or `reference` after the library was loaded.
     """
     if kernels == "reference":
-        return _refuse_loaded_kernels()
+        global _reference_layers
+        _refuse_loaded_kernels()
+        _reference_layers = True
+        return
     status = _ext.status()
     if kernels == "cuda" and not status.loaded:
         raise ConfigError(
@@ -43,8 +48,31 @@ def note_first_cuda_use(kernels: str, x: Tensor) -> None:
         _ext.warn_if_missing()
 
 
+def load_kernels(x: Tensor) -> None:
+    """Before an op on CUDA that may be the process's first, called without any layer: as `kernels: auto` does.
+
+    Does nothing where a layer of this process asked for the reference, and is free afterwards.
+
+    Raises:
+        RuntimeError: the library was built for other GPUs than this one.
+    """
+    if x.is_cuda:
+        _load()
+
+
+@torch.compiler.assume_constant_result
+def _load() -> None:
+    if not _reference_layers:
+        _ext.warn_if_missing()
+
+
+def kernels_loaded() -> bool:
+    """Whether the library is loaded, without loading it."""
+    return bool(_ext.status.cache_info().currsize) and _ext.status().loaded
+
+
 def _refuse_loaded_kernels() -> None:
-    if _ext.status.cache_info().currsize and _ext.status().loaded:
+    if kernels_loaded():
         raise ConfigError(
             "kernels: reference, but this process already loaded the CUDA library for another layer; "
             "set MOE_LAYER_CUDA=0 or build all layers with kernels: reference"

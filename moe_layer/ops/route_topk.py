@@ -23,6 +23,7 @@ from moe_layer.ops import batch_losses
 from moe_layer.ops import route_topk_ref as ref
 from moe_layer.ops._call import call_plain
 from moe_layer.ops.copy_ids import check_id_buffer
+from moe_layer.ops.kernels import load_kernels
 from moe_layer.ops.route_topk_bwd import backward, setup_context
 from moe_layer.ops.route_topk_check import check_arguments, check_losses
 from moe_layer.ops.route_topk_result import NUM_EVENTS, RouteTopk
@@ -287,6 +288,7 @@ def route_topk(
     )
     if loss_coeffs is not None:
         check_losses(aux_counts=aux_counts, want_z=want_z, cu_seqlens=cu_seqlens)
+    load_kernels(logits)
     aux_coeff, z_coeff = (0.0, 0.0) if loss_coeffs is None else loss_coeffs
     lead = logits.shape[:-1]
     num_tokens = lead.numel()

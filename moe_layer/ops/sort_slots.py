@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_layer.ops._call import call_plain
+from moe_layer.ops.kernels import load_kernels
 
 
 class SlotOrder(NamedTuple):
@@ -51,6 +52,7 @@ def sort_slots(
             would lie past N have none (row_CK -1): whoever allows that compares `offsets_L1[-1]` with N.
         weights_CK: optional fp32 `[C, K]`, to be put into the rows' order.
     """
+    load_kernels(ids_CK)
     op = torch.ops.moe_layer.sort_slots
     return SlotOrder(*call_plain(op, ids_CK, first_expert, num_local, alignment, num_rows, weights_CK))
 

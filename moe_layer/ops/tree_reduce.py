@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moe_layer.ops._call import call_plain
 from moe_layer.ops.gather_rows import gather_rows
+from moe_layer.ops.kernels import load_kernels
 
 _WORKSPACE = 1 << 24  # elements of [M, B, D] partial sums held at once on the general path
 
@@ -60,6 +61,7 @@ def tree_reduce(
     """
     if add_MD is not None:
         add_MD = add_MD.to(rows_ND.dtype if like_rows else _accumulation_dtype(rows_ND.dtype))
+    load_kernels(rows_ND)
     op = torch.ops.moe_layer.tree_reduce
     arguments = (rows_ND, row_MK, ids_MK, weights_MK, src_N, num_experts, blocks, add_MD, round_to_rows, like_rows)
     return op(*arguments) if torch.is_grad_enabled() else call_plain(op, *arguments)

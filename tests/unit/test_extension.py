@@ -8,9 +8,11 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
 from moe_layer.errors import ConfigError
 from moe_layer.ops import _ext, kernels
@@ -148,6 +150,54 @@ def test_every_door_to_the_ops_loads_the_library(monkeypatch: pytest.MonkeyPatch
         with pytest.warns(RuntimeWarning, match="CUDA extension not loaded: test"):
             assert asks(door)
     _ext.warn_if_missing.cache_clear()
+
+
+@pytest.mark.parametrize("first", ["reference", "auto", None])
+def test_an_op_called_without_any_layer_loads_the_library(monkeypatch: pytest.MonkeyPatch, first: str | None) -> None:
+    """Unless a layer of `kernels: reference` was built: loading would break that layer."""
+    asked: list[str] = []
+    monkeypatch.setattr(_ext, "warn_if_missing", lambda: asked.append("asked"))
+    monkeypatch.setattr(kernels, "_reference_layers", False)
+    if first is not None:
+        kernels.require_kernels(first)
+    kernels.load_kernels(torch.zeros(1))
+    assert not asked
+    kernels.load_kernels(OnCuda())
+    assert asked == ([] if first == "reference" else ["asked"])
+
+
+def test_every_op_with_a_kernel_asks_for_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The functions that a user would call by themselves, each before its op runs."""
+    from moe_layer.ops import (
+        batch_losses,
+        copy_ids,
+        dispatch_plan,
+        gate_topk,
+        gather_rows,
+        histogram,
+        route_topk,
+        sort_slots,
+        tree_reduce,
+    )
+
+    ids, rows, counts = torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 8), torch.tensor([3, 0], dtype=torch.int32)
+    sums = torch.ones(1, 2)
+    calls: dict[ModuleType, Callable[[], object]] = {
+        batch_losses: lambda: batch_losses.batch_losses(counts, counts[None], sums, top_k=1),
+        copy_ids: lambda: copy_ids.copy_ids(ids, torch.empty_like(ids), num_experts=2),
+        dispatch_plan: lambda: dispatch_plan.dispatch_plan(ids, num_experts=2, num_ranks=1),
+        gate_topk: lambda: gate_topk.gate_topk(rows, torch.ones(2, 8), top_k=1),
+        gather_rows: lambda: gather_rows.gather_rows(rows, ids[:, 0]),
+        histogram: lambda: histogram.expert_histogram(ids, num_experts=2),
+        route_topk: lambda: route_topk.route_topk(rows, top_k=1),
+        sort_slots: lambda: sort_slots.sort_slots(ids, first_expert=0, num_local=2, alignment=1, num_rows=3),
+        tree_reduce: lambda: tree_reduce.tree_reduce(rows, ids, ids_MK=ids, num_experts=2, blocks=1),
+    }
+    for module, call in calls.items():
+        asked: list[Tensor] = []
+        monkeypatch.setattr(module, "load_kernels", asked.append)
+        call()
+        assert asked, module.__name__
 
 
 def test_reference_is_never_silently_overtaken(monkeypatch: pytest.MonkeyPatch) -> None:
