@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,8 +45,11 @@ def check_structure(trace: RoutingTrace) -> None:
                 f"{spec.top_k}; rows, layers or top_k were lost"
             )
     _check_boundaries(trace.cu_seqlens, n)
-    if trace.first_position < 0:
-        raise TraceError(f"first_position is {trace.first_position}, must be 0 or the rows before this fragment")
+    first = trace.first_position
+    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+        raise TraceError(f"first_position is {first!r}, must be 0 or the rows before this fragment")
+    if not isinstance(trace.notes, Mapping):
+        raise TraceError(f"notes must map text to text, got {type(trace.notes).__name__}; pass a dict")
 
 
 def _check_boundaries(cu_seqlens: Tensor, rows: int) -> None:
@@ -59,6 +63,18 @@ def _check_boundaries(cu_seqlens: Tensor, rows: int) -> None:
             f"cu_seqlens runs from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])} and must rise from 0 to the trace's "
             f"{rows} rows; rows were lost or added"
         )
+
+
+def check_columns(parts: Sequence[RoutingTrace]) -> None:
+    """Traces that become one have the same columns, or the checks and facts of some rows would be lost in silence."""
+    rows = [part for part in parts if part.num_tokens]  # a trace without rows has nothing to lose
+    for name in ("weights", "token_check", "weights_version"):
+        having = sum(getattr(part, name) is not None for part in rows)
+        if 0 < having < len(rows):
+            raise TraceError(
+                f"{having} of the {len(rows)} traces have {name} and the others have none; record all of them alike, "
+                f"or drop it: dataclasses.replace(trace, {name}=None)"
+            )
 
 
 def check_values(trace: RoutingTrace, *, complete: bool = False, chunk: int = 1 << 16) -> None:

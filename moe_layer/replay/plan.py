@@ -136,11 +136,13 @@ def _check_tokens(trace: RoutingTrace, index_T: Tensor, present_T: Tensor, token
         raise TraceError(
             f"tokens has {flat.numel()} entries and token_index {index_T.numel()}; they must have one shape"
         )
-    wrong = (token_checks(flat, trace.positions[index_T]) != trace.token_check[index_T]) & present_T
+    at_T = present_T.nonzero().squeeze(1)  # pads are no rows, and a trace of pads alone may have none
+    rows_T = index_T[at_T]
+    wrong = token_checks(flat[at_T], trace.positions[rows_T]) != trace.token_check[rows_T]
     if bool(wrong.any()):
-        at = int(wrong.nonzero()[0])
+        at = int(at_T[wrong][0])
         raise TraceError(
-            f"{int(wrong.sum())} of {int(present_T.sum())} tokens are not the recorded ones, the first is token "
+            f"{int(wrong.sum())} of {len(at_T)} tokens are not the recorded ones, the first is token "
             f"{at} of the "
             f"micro-batch (id {int(flat[at])}, trace row {int(index_T[at])}); the batch is shifted, or from "
             "another rollout"

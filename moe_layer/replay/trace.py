@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moe_layer.errors import TraceError
-from moe_layer.replay.checks import check_structure, check_values
+from moe_layer.replay.checks import check_columns, check_structure, check_values
 from moe_layer.replay.plan import RoutingPlan, make_plan
 from moe_layer.replay.spec import TraceSpec, integer_tensor, layer_names, pack_bits, token_checks, unpack_bits
 
@@ -101,7 +101,7 @@ class RoutingTrace:
             weights=None if weights is None else weights.detach().cpu().to(torch.float32).contiguous(),
             weights_version=version,
             first_position=first_position,
-            notes=dict(notes or {}),
+            notes=dict(notes) if isinstance(notes, Mapping) else notes or {},
         )
         check_values(trace)
         return trace if token_ids is None else trace.with_tokens(token_ids)
@@ -197,7 +197,8 @@ class RoutingTrace:
             start: number of own rows to keep, default all of them.
 
         Raises:
-            TraceError: another model, a gap, or rows about other tokens.
+            TraceError: another model, a gap, rows about other tokens, or columns (weights, token checks, weights
+                versions) that only one of the two has.
         """
         start = self.num_tokens if start is None else start
         mine = self.rows(0, start)
@@ -226,13 +227,15 @@ class RoutingTrace:
 
     @staticmethod
     def concat(traces: Sequence[RoutingTrace]) -> RoutingTrace:
-        """Several traces of one model as one, sequence after sequence."""
+        """Several traces of one model as one, sequence after sequence. Raises TraceError as `splice`."""
         if not traces:
             raise TraceError("concat needs at least one trace")
         for trace in traces[1:]:
             if trace.spec != traces[0].spec or trace.first_position != traces[0].first_position:
                 raise TraceError(
-                    f"cannot join a trace of {_describe(trace.spec)} and one of {_describe(traces[0].spec)}"
+                    f"cannot join a trace of {_describe(trace.spec)} from position {trace.first_position} on and one "
+                    f"of {_describe(traces[0].spec)} from {traces[0].first_position} on; one model, and fragments are "
+                    "spliced first"
                 )
         return _join(list(traces), one_sequence=False)
 
@@ -240,12 +243,19 @@ class RoutingTrace:
         """Fill this trace's missing slots with `other`'s: the shards of a context-parallel recording.
 
         Raises:
-            TraceError: other shapes, or slots that both have with different ids.
+            TraceError: other shapes, sequences, tokens or weights versions, slots that both have with different ids,
+                rows that name an expert twice together, or weights in one of the two only.
         """
         if other.spec != self.spec or other.num_tokens != self.num_tokens:
             raise TraceError(
-                f"cannot merge {other.num_tokens} rows of {_describe(other.spec)} into {self.num_tokens} rows"
+                f"cannot merge {other.num_tokens} rows of {_describe(other.spec)} into {self.num_tokens} rows of "
+                f"{_describe(self.spec)}; merge shards of one forward pass"
             )
+        check_columns([self, other])
+        for name in ("cu_seqlens", "token_check", "weights_version", "first_position"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if not (torch.equal(mine, theirs) if isinstance(mine, Tensor) else mine == theirs):
+                raise TraceError(f"the traces to be merged differ in {name}; merge shards of one forward pass")
         mine, theirs = unpack_bits(self.valid, self.spec.top_k), unpack_bits(other.valid, self.spec.top_k)
         if bool((mine & theirs & (self.ids != other.ids)).any()):
             raise TraceError(
@@ -255,7 +265,9 @@ class RoutingTrace:
         if self.weights is not None and other.weights is not None:
             weights = torch.where(mine, self.weights, other.weights)
         ids = torch.where(mine, self.ids, other.ids)
-        return replace(self, ids=ids, valid=self.valid | other.valid, weights=weights)
+        whole = replace(self, ids=ids, valid=self.valid | other.valid, weights=weights)
+        check_values(whole)
+        return whole
 
     # ---- replaying --------------------------------------------------------------------------------------------------
 
@@ -309,11 +321,11 @@ PER_ROW = ("ids", "valid", "weights", "token_check", "weights_version")
 
 
 def _join(parts: list[RoutingTrace], *, one_sequence: bool) -> RoutingTrace:
+    check_columns(parts)
     joined: dict[str, Any] = {}
     for name in PER_ROW:
-        tensors = [getattr(part, name) for part in parts]
-        known = [tensor for tensor in tensors if tensor is not None]
-        joined[name] = torch.cat(known) if len(known) == len(tensors) else None
+        known = [tensor for part in parts if (tensor := getattr(part, name)) is not None]
+        joined[name] = torch.cat(known) if known else None
     lengths = [part.cu_seqlens.diff() for part in parts]
     total = torch.cat(lengths).sum().reshape(1) if one_sequence else torch.cat(lengths)
     bounds = torch.cat((torch.zeros(1, dtype=torch.int64), total.cumsum(0)))

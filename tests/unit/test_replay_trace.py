@@ -143,6 +143,15 @@ def _missing() -> RoutingTrace:
     return _build(ids)
 
 
+def _shard(**settings: object) -> RoutingTrace:
+    return make_trace(**({"token_ids": None} | settings))
+
+
+def _slot(slot: int) -> torch.Tensor:
+    """Expert 5 in one slot of every row, the other one missing."""
+    return torch.full(IDS.shape, -1).index_fill(2, torch.tensor(slot), 5)
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "id too large": (lambda p: _build(IDS + 1), r"must lie in \[0, 8\)"),
     "id below -1": (lambda p: _build(IDS - 3), "or be -1 for a missing slot"),
@@ -218,7 +227,31 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: make_trace().splice(make_trace(T + 2, seed=5)),
         "other tokens from position 0",
     ),
-    "merge of differing shards": (lambda p: make_trace().merged(make_trace(seed=4)), "they differ"),
+    "merge of differing shards": (lambda p: _shard().merged(_shard(seed=4)), "ids for the same slots and they differ"),
+    "merge of other tokens": (lambda p: make_trace().merged(make_trace(seed=4)), "differ in token_check"),
+    "merge of other sequences": (lambda p: make_trace().merged(make_trace(cu_seqlens=[0, 3, T])), "in cu_seqlens"),
+    "merge of other versions": (lambda p: make_trace().merged(make_trace(weights_version=4)), "in weights_version"),
+    "merge of another fragment": (lambda p: _shard().merged(_shard(first_position=2)), "in first_position"),
+    "merge of shards with one expert": (
+        lambda p: _build(_slot(0)).merged(_build(_slot(1))),
+        f"{2 * T} rows name an expert twice",
+    ),
+    "merge that loses weights": (lambda p: _shard().merged(_shard(weights=None)), "1 of the 2 traces have weights"),
+    "splice that loses token checks": (
+        lambda p: make_trace(5).splice(make_trace(token_ids=None)),
+        r"1 of the 2 traces have token_check .*replace\(trace, token_check=None\)",
+    ),
+    "concat that loses versions": (
+        lambda p: RoutingTrace.concat([make_trace(), make_trace(weights_version=None), make_trace()]),
+        "2 of the 3 traces have weights_version",
+    ),
+    "concat of fragments": (
+        lambda p: RoutingTrace.concat([make_trace(), make_trace(first_position=2)]),
+        "from position 2 on and one of .* from 0 on",
+    ),
+    "position of a float": (lambda p: make_trace(first_position=1.5), "first_position is 1.5"),
+    "position of a tensor": (lambda p: make_trace(first_position=torch.tensor(3)), "first_position is tensor"),
+    "notes of a string": (lambda p: make_trace(notes="sglang"), "notes must map text to text, got str"),
 }
 
 
@@ -332,6 +365,20 @@ def test_tokens_are_compared_in_any_layout() -> None:
 
 
 # ---- index maps -----------------------------------------------------------------------------------------------------
+
+
+def test_tokens_of_a_rank_with_pads_only() -> None:
+    """Pads have no tokens to compare, also where the trace has no rows at all."""
+    for rows in (0, T):
+        plan = make_trace(rows).plan(torch.full((2, 3), -1), tokens=torch.zeros(2, 3, dtype=torch.int64))
+        assert plan.num_tokens == 6 and bool((plan.decision(0).ids == -1).all())
+
+
+def test_traces_without_rows_join_any_others() -> None:
+    bare = _build(IDS[:0])
+    for whole in (RoutingTrace.concat([bare, make_trace()]), RoutingTrace.concat([make_trace(), bare])):
+        assert whole.weights is not None and whole.token_check is not None and whole.weights_version is not None
+    assert same(bare.splice(make_trace()), make_trace())
 
 
 def test_packed_and_padded_maps() -> None:
