@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moe_layer.config.model import MoEConfig
@@ -24,7 +25,8 @@ def routing_options(
         like: `[T, ...]`, for the number of tokens and the device of `force_uniform`.
 
     Raises:
-        RoutingError: replay under a capacity factor, or recorded weights asked for but not given.
+        RoutingError: replay under a capacity factor, recorded weights asked for but not given, or ids in a dtype too
+            narrow for the experts.
     """
     cfg, loss_cfg, policy = config.router, config.losses, config.replay
     mode, renormalize, aux_counts = policy.weights, cfg.renormalize, loss_cfg.counts
@@ -45,6 +47,11 @@ def routing_options(
         raise RoutingError(
             f"replay.weights is {mode}, which needs recorded weights; "
             "pass RoutingDecision(ids, weights=...) or set replay.weights: live"
+        )
+    if replay is not None and torch.iinfo(replay.ids.dtype).max < cfg.num_experts - 1:
+        raise RoutingError(
+            f"replay ids are {replay.ids.dtype}, which cannot name all {cfg.num_experts} experts: larger ids have "
+            "wrapped around where they were made; record them in a wider dtype"
         )
     if replay is None and cfg.force_uniform:
         ids_TK = uniform_ids(like.shape[0], cfg.top_k, cfg.num_experts, device=like.device)

@@ -43,18 +43,23 @@ def as_decision(
         ids = ids.to(torch.int64)
     weights, valid = decision.weights, decision.valid
     if weights is not None:
-        if tuple(weights.shape) not in allowed or not weights.is_floating_point():
+        floating = isinstance(weights, Tensor) and weights.is_floating_point()
+        if not floating or tuple(weights.shape) not in allowed:
             raise RoutingError(
-                f"replay weights must be floating {allowed[0]} or {allowed[1]}, "
-                f"got {weights.dtype} {tuple(weights.shape)}"
+                f"replay weights must be floating {allowed[0]} or {allowed[1]}, got {_described(weights)}"
             )
         weights = weights.to(device, torch.float32).reshape(num_tokens, top_k)
     ids = ids.to(device).reshape(num_tokens, top_k)
     if valid is not None:
-        if valid.dtype != torch.bool or tuple(valid.shape) not in (tuple(tokens), (num_tokens,)):
-            raise RoutingError(f"replay valid must be bool {tuple(tokens)}, got {valid.dtype} {tuple(valid.shape)}")
+        masks = isinstance(valid, Tensor) and valid.dtype == torch.bool
+        if not masks or tuple(valid.shape) not in (tuple(tokens), (num_tokens,)):
+            raise RoutingError(f"replay valid must be bool {tuple(tokens)}, got {_described(valid)}")
         ids = _mask(ids, valid.to(device).reshape(num_tokens))
     return RoutingDecision(ids=ids, weights=weights)
+
+
+def _described(value: object) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _mask(ids_TK: Tensor, valid_T: Tensor) -> Tensor:

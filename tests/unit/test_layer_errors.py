@@ -7,9 +7,14 @@ import dataclasses
 import pytest
 import torch
 
-from moe_layer import RoutingError
+from moe_layer import RoutingDecision, RoutingError
 from moe_layer.config import LossesConfig, ReplayConfig, RouterConfig
 from tests.unit.test_layer import D, E, K, make_config, make_layer
+
+
+def _decision(**parts):
+    return {"x": torch.zeros(3, D), "replay": RoutingDecision(torch.zeros(3, K, dtype=torch.int32), **parts)}
+
 
 BAD = {
     "hidden": (lambda: {"x": torch.zeros(3, D + 1)}, r"x must be \[\.\.\., 16\] \(hidden_size\), got \(3, 17\)"),
@@ -29,6 +34,8 @@ BAD = {
         lambda: {"x": torch.zeros(3, D), "replay": torch.full((3, K), E)},
         r"replay ids outside \[0, 8\)",
     ),
+    "replay_valid": (lambda: _decision(valid=[True] * 3), r"replay valid must be bool \(3,\), got list"),
+    "replay_weights": (lambda: _decision(weights=[[1.0]]), r"replay weights must be floating \(3, 3\) or .*got list"),
     "meta_device": (lambda: {"x": torch.zeros(3, D, device="meta")}, "x is on meta and the layer on cpu"),
 }
 
@@ -39,6 +46,20 @@ def test_bad_input_names_the_argument(case):
     layer = make_layer(make_config(), dtype=torch.float32)
     with pytest.raises(RoutingError, match=text):
         layer(**make())
+
+
+@pytest.mark.parametrize(
+    ("experts", "narrow", "wide"), [(129, torch.int8, torch.uint8), (257, torch.uint8, torch.int16)]
+)
+def test_replayed_ids_that_wrapped_around(experts, narrow, wide):
+    """Expert 200 as int8 is -56, which would be filled live; expert 256 as uint8 is expert 0."""
+    layer = make_layer(make_config(router=RouterConfig(num_experts=experts, top_k=K)))
+    ids = torch.tensor([[experts - 1, 3, 4]])
+    x = torch.ones(1, D, dtype=torch.float64)
+    with pytest.raises(RoutingError, match=f"{narrow}, which cannot name all {experts} experts"):
+        layer(x, replay=ids.to(narrow))
+    _, routing = layer(x, replay=ids.to(wide), return_routing=True)
+    assert torch.equal(routing.ids_TK, ids.int())
 
 
 @pytest.mark.parametrize(
