@@ -22,12 +22,22 @@ from moe_layer.config.model import DispatchConfig
 from moe_layer.dispatch.arrange import Arrangement, arrange, gather_slots, scatter_slots
 from moe_layer.dispatch.base import finish, round_to_wire, wire_dtype
 from moe_layer.dispatch.formats import InputFormat, TokenFormat, encode_rows, format_for, round_gradient
-from moe_layer.dispatch.options import CallerRows, caller_rows, deliver, into, limit_tokens
+from moe_layer.dispatch.options import (
+    CallerRows,
+    caller_rows,
+    check_add,
+    check_call,
+    check_pending,
+    check_rows,
+    deliver,
+    into,
+    limit_tokens,
+)
 from moe_layer.dispatch.plan import make_plan
 from moe_layer.dispatch.route import Pending, Route, pick_home, sum_home, sum_position
 from moe_layer.dispatch.source import SlotTrip
 from moe_layer.dispatch.wire import Link
-from moe_layer.errors import CapacityError, RoutingError
+from moe_layer.errors import CapacityError
 from moe_layer.ops.gather_rows import gather_rows
 from moe_layer.ops.tree_reduce import reduction_blocks, tree_reduce
 from moe_layer.types import DispatchPlan, Received, Routing
@@ -112,7 +122,7 @@ class ExchangeDispatcher:
         x_scale: Tensor | None = None,
         begun: Any = None,
     ) -> tuple[Any, Tensor]:
-        self._check_input(x_TD, routing)
+        self._check_input(x_TD, routing, plan)
         routing = limit_tokens(routing, num_tokens, planned=plan is not None)
         plan = self.prepare(routing.ids_TK) if plan is None else plan
         if x_scale is None:
@@ -127,6 +137,7 @@ class ExchangeDispatcher:
 
     @torch.compiler.disable(reason="dispatch over several ranks talks to its peers: a documented graph break")
     def dispatch_recv(self, handle: Any, token: Tensor, *, out: Tensor | None = None) -> Received:
+        check_pending(handle.pending, "dispatch")
         rows, probs_N = _DispatchRecv.apply(token, handle)
         arranged = handle.arranged
         assert arranged is not None
@@ -156,6 +167,7 @@ class ExchangeDispatcher:
 
     @torch.compiler.disable(reason="dispatch over several ranks talks to its peers: a documented graph break")
     def combine_send(self, rows: Tensor, received: Received) -> tuple[Any, Tensor]:
+        check_rows(rows, received)
         call: Call = received.state
         if call.scale_CS is not None:  # x was quantised: y has the experts' dtype
             call = replace(call, dtype=rows.dtype)
@@ -177,7 +189,9 @@ class ExchangeDispatcher:
     def combine_recv(
         self, handle: Any, token: Tensor, add: Tensor | None = None, *, out: Tensor | None = None
     ) -> Tensor:
+        check_pending(handle.call.pending, "combine")
         sum_TD = _CombineRecv.apply(token, handle.call.weights_TK, handle)
+        check_add(add, tuple(sum_TD.shape))
         y_TD = finish(sum_TD, add, dtype=handle.call.dtype)
         return y_TD if out is None else into(y_TD, out, "out")
 
@@ -210,12 +224,8 @@ class ExchangeDispatcher:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
 
-    def _check_input(self, x_TD: Tensor, routing: Routing) -> None:
-        T = x_TD.shape[0]
-        if routing.ids_TK.shape != (T, self.top_k):
-            raise RoutingError(
-                f"ids must be [{T}, {self.top_k}] for x of {T} tokens, got {tuple(routing.ids_TK.shape)}"
-            )
+    def _check_input(self, x_TD: Tensor, routing: Routing, plan: DispatchPlan | None) -> None:
+        check_call(x_TD, routing, plan, num_experts=self.num_experts, top_k=self.top_k)
         self._check_tokens(x_TD)
 
     def _check_tokens(self, x_TD: Tensor) -> None:

@@ -14,7 +14,7 @@ from moe_layer.config.model import DispatchConfig
 from moe_layer.dispatch.arrange import GatherProbs, arrange
 from moe_layer.dispatch.base import finish, padded_rows, round_to_wire, wire_dtype
 from moe_layer.dispatch.formats import TokenFormat, after_trip, format_for, round_gradient, round_rows
-from moe_layer.dispatch.options import caller_rows, deliver, into, limit_tokens
+from moe_layer.dispatch.options import caller_rows, check_add, check_call, check_rows, deliver, into, limit_tokens
 from moe_layer.dispatch.plan import make_plan
 from moe_layer.ops.gather_rows import gather_rows
 from moe_layer.ops.sort_slots import SlotOrder, pad_to_capacity, sort_slots
@@ -70,6 +70,7 @@ class LocalDispatcher:
         out: Tensor | None = None,
         begun: Any = None,
     ) -> Received:
+        check_call(x_TD, routing, plan, num_experts=self.num_experts, top_k=self.top_k)
         routing = limit_tokens(routing, num_tokens, planned=plan is not None)
         plan = self.prepare(routing.ids_TK) if plan is None else plan
         order, ids_TK, dropped_TR = self._order(plan.ids_TK, routing.weights_TK)
@@ -145,7 +146,9 @@ class LocalDispatcher:
         return y_TD if out is None else into(y_TD, out, "out")
 
     def _combine(self, rows: Tensor, received: Received, add: Tensor | None) -> Tensor:
+        check_rows(rows, received)
         state: LocalState = received.state
+        check_add(add, (state.weights_TK.shape[0], rows.shape[1]))
         if received.scales is not None:  # x was quantised: y has the experts' dtype
             state = replace(state, dtype=rows.dtype)
         wire, dual = wire_dtype(self.config, state.dtype), self._format(rows, state.dtype)

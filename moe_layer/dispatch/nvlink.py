@@ -44,7 +44,7 @@ from moe_layer.dispatch.nvlink_call import (
     row_width,
 )
 from moe_layer.dispatch.nvlink_route import NvlinkRoute
-from moe_layer.dispatch.options import deliver, into, limit_tokens
+from moe_layer.dispatch.options import check_add, check_pending, check_rows, deliver, into, limit_tokens
 from moe_layer.dispatch.route import Route
 from moe_layer.dispatch.window import WindowSize, padded_width, window_for
 from moe_layer.dispatch.wire import Link
@@ -192,6 +192,7 @@ class NvlinkDispatcher(ExchangeDispatcher):
         Raises:
             RoutingError: shapes that do not fit, or another x than `dispatch_begin` was given.
         """
+        self._check_input(x_TD, routing, plan)
         if begun is not None and (begun.of is not x_TD or x_scale is not None):
             raise RoutingError("x is not what dispatch_begin was called with; pass the same tensor to both, unscaled")
         if begun is None and (x_scale is not None or not self._fused(x_TD)):
@@ -200,7 +201,6 @@ class NvlinkDispatcher(ExchangeDispatcher):
             return None
         routing = limit_tokens(routing, num_tokens, planned=plan is not None)
         plan = self.prepare(routing.ids_TK) if plan is None else plan
-        self._check_input(x_TD, routing)
         if self.dense and begun is None:
             begun = self.dispatch_begin(x_TD)
         if begun is None:
@@ -217,6 +217,7 @@ class NvlinkDispatcher(ExchangeDispatcher):
     def dispatch_recv(self, handle: Any, token: Tensor, *, out: Tensor | None = None) -> Received:
         if not isinstance(handle, FusedCall):
             return super().dispatch_recv(handle, token, out=out)
+        check_pending(handle.trips, "dispatch")
         return deliver(self._received(handle, *DispatchRecv.apply(token, handle)), out)
 
     def _received(self, handle: FusedCall, rows: Tensor, probs_N: Tensor, rank_C: Tensor, token_C: Tensor) -> Received:
@@ -262,11 +263,13 @@ class NvlinkDispatcher(ExchangeDispatcher):
         if not isinstance(call, FusedCall):
             return super().combine(rows, received, add, out=out)
         rows, link = self._outgoing(rows, received)
+        check_add(add, (call.plan.ids_TK.shape[0], rows.shape[1]))
         y_TD = Combine.apply(rows, add, call, link)
         return y_TD if out is None else into(y_TD, out, "out")
 
     def _outgoing(self, rows: Tensor, received: Received) -> tuple[Tensor, GradientLink | None]:
         """The experts' rows as they are summed, and the link of their gradient."""
+        check_rows(rows, received)
         if self.config.apply_probs == "combine":
             wide = torch.promote_types(rows.dtype, torch.float32)
             rows = rows.to(wide) * received.probs_N.to(wide).unsqueeze(1)
@@ -279,6 +282,8 @@ class NvlinkDispatcher(ExchangeDispatcher):
     ) -> Tensor:
         if not isinstance(handle, tuple):
             return super().combine_recv(handle, token, add, out=out)
+        check_pending(handle[0].trips, "combine")
+        check_add(add, (handle[0].plan.ids_TK.shape[0], handle[1].shape[1]))
         y_TD = CombineRecv.apply(token, add, *handle)
         return y_TD if out is None else into(y_TD, out, "out")
 

@@ -10,7 +10,7 @@ Shape letters: T tokens, K slots, D hidden, S scales a token, C compact rows, N 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,9 +19,79 @@ from torch import Tensor
 
 from moe_layer.dispatch.formats import TokenFormat
 from moe_layer.errors import CapacityError, ConfigError, RoutingError
-from moe_layer.types import Received, Routing
+from moe_layer.types import DispatchPlan, Received, Routing
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_call(x_TD: Tensor, routing: Routing, plan: DispatchPlan | None, *, num_experts: int, top_k: int) -> None:
+    """Whether x, routing and plan are of one batch and of this dispatcher; reads no device memory.
+
+    Raises:
+        RoutingError: names what does not fit, and both shapes, numbers or devices.
+    """
+    if not isinstance(x_TD, Tensor) or x_TD.ndim != 2:
+        raise RoutingError(f"x must be [T, D], got {_describe(x_TD)}; flatten its leading dimensions")
+    if not isinstance(routing, Routing):
+        raise RoutingError(
+            f"routing must be a Routing, got {_describe(routing)}; make one with Routing.from_ids(ids, weights, "
+            "num_experts=...)"
+        )
+    T = x_TD.shape[0]
+    for name, values in (("ids", routing.ids_TK), ("weights", routing.weights_TK)):
+        if tuple(values.shape) != (T, top_k):
+            raise RoutingError(f"{name} must be [{T}, {top_k}] for x of {T} tokens, got {tuple(values.shape)}")
+        if values.device != x_TD.device:
+            raise RoutingError(f"{name} are on {values.device} and x on {x_TD.device}; move one of them")
+    experts = routing.counts_E.shape[0] if routing.counts_E.ndim == 1 else 0
+    if experts not in (0, num_experts):  # 0: whoever made it left the counts out
+        raise RoutingError(
+            f"the routing is over {experts} experts and the dispatcher over {num_experts}; give both "
+            "the global number of experts"
+        )
+    if plan is not None and tuple(plan.ids_TK.shape) != (T, top_k):
+        raise RoutingError(
+            f"the plan is of ids {tuple(plan.ids_TK.shape)}, x and routing are of ({T}, {top_k}); prepare one for "
+            "this call"
+        )
+
+
+def check_rows(rows: Tensor, received: Received) -> None:
+    """Whether these can be the experts' outputs for `received`.
+
+    Raises:
+        RoutingError: not two dimensions, or another number of rows.
+    """
+    wanted = received.probs_N.shape[0]
+    if rows.ndim != 2 or rows.shape[0] != wanted:
+        raise RoutingError(
+            f"rows must be [{wanted}, D], one for each (token, expert) of the dispatch and its pads, got "
+            f"{tuple(rows.shape)}; under dispatch.rows compact, gather received.rows by received.index_N first"
+        )
+
+
+def check_add(add: Tensor | None, shape: tuple[int, ...]) -> None:
+    """`add` is never broadcast.
+
+    Raises:
+        RoutingError: another shape than y.
+    """
+    if add is not None and tuple(add.shape) != shape:
+        raise RoutingError(f"add must be {shape} like y, got {tuple(add.shape)}")
+
+
+def check_pending(trips: Mapping[Any, Any], phase: str) -> None:
+    """Whether `phase` was sent and not received.
+
+    Raises:
+        RoutingError: a second recv of one send.
+    """
+    if phase not in trips:
+        raise RoutingError(f"{phase}_recv was called again; every send has one recv, keep what the first one returned")
+
+
+def _describe(value: object) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def limit_tokens(routing: Routing, num_tokens: Tensor | None, *, planned: bool = False) -> Routing:
@@ -91,6 +161,8 @@ def caller_rows(x_TD: Tensor, x_scale: Tensor, token_format: TokenFormat | None)
         raise RoutingError(f"x_scale belongs to rows of one byte per element (float8 or int8), x is {x_TD.dtype}")
     if x_TD.requires_grad and torch.is_grad_enabled():
         raise RoutingError("x is quantised and requires grad; pass x.detach(): gradients end where you quantised")
+    if not isinstance(x_scale, Tensor):
+        raise RoutingError(f"x_scale must be a tensor [{x_TD.shape[0]}, S], got {type(x_scale).__name__}")
     if x_scale.ndim != 2 or x_scale.shape[0] != x_TD.shape[0] or x_scale.device != x_TD.device:
         raise RoutingError(
             f"x_scale must be [{x_TD.shape[0]}, S] on {x_TD.device}, got {tuple(x_scale.shape)} on {x_scale.device}"
@@ -109,6 +181,8 @@ def deliver(received: Received, out: Tensor | None) -> Received:
 
 def into(values: Tensor, out: Tensor, name: str) -> Tensor:
     """`values` copied to the first rows of `out`, and that part of `out`; gradients pass to `values`."""
+    if not isinstance(out, Tensor):
+        raise RoutingError(f"{name} must be a tensor [rows, {values.shape[1]}], got {type(out).__name__}")
     if out.ndim != 2 or out.shape[1:] != values.shape[1:] or out.dtype != values.dtype or out.device != values.device:
         raise RoutingError(
             f"{name} must be [rows, {values.shape[1]}] {values.dtype} on {values.device}, got {tuple(out.shape)} "
