@@ -37,12 +37,15 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.optimizer + self.activations + self.temporary
 
 
-def estimate_memory(config: TrainConfig, model: nn.Module, *, vocab: int, cpu: bool) -> MemoryEstimate:
+def estimate_memory(
+    config: TrainConfig, model: nn.Module, *, vocab: int, cpu: bool, quack: bool = False
+) -> MemoryEstimate:
     """Estimate for one rank.
 
     Args:
         model: the whole (unsharded) decoder, on meta.
         cpu: on CPU torch's RMSNorm keeps fp32 intermediates that its fused CUDA kernel does not.
+        quack: QuACK runs the experts, whose activation needs no fp32 tensors.
     """
     share = 1 / config.parallel.ep
     trained = sum(
@@ -59,7 +62,7 @@ def estimate_memory(config: TrainConfig, model: nn.Module, *, vocab: int, cpu: b
     stream = tokens * config.moe.hidden_size * width
     head = _norm_bytes(config, tokens, width, cpu=cpu) + stream + tokens * (max(4, width) * vocab + 16)
     temporary = tokens * vocab * (4 + width if width < 4 else width)
-    temporary = max(temporary, _experts_temporary(config, tokens, width, cpu=cpu))
+    temporary = max(temporary, _experts_temporary(config, tokens, width, cpu=cpu, quack=quack))
     if config.train.activation_checkpointing == "none":
         kept = moe_layers * block + dense_layers * dense
     else:  # each block keeps its input; one block at a time is recomputed in full
@@ -78,14 +81,19 @@ def estimate_memory(config: TrainConfig, model: nn.Module, *, vocab: int, cpu: b
     )
 
 
-def _experts_temporary(config: TrainConfig, tokens: int, b: int, *, cpu: bool) -> int:
-    """Backward of one layer's activation in PyTorch: about ten fp32 tensors of width F per slot, beside d(output).
+def _experts_temporary(config: TrainConfig, tokens: int, b: int, *, cpu: bool, quack: bool) -> int:
+    """Backward of one layer's experts.
 
-    Measured on an H200 without our kernels: 2,688 MiB at T 32768, K 4, D 1024, F 512. CPU holds one expert's rows.
+    With torch's GEMMs about ten fp32 tensors of width F per slot in the activation, beside d(output); on an H200 2,688
+    MiB at T 32768, K 4, D 1024, F 512. CPU holds one expert's rows. With QuACK d(rows), d(h) and a of every slot, the
+    weights' gradients before they are added to others, and four tensors of the stream's size.
     """
-    moe = config.moe
+    moe, hidden, width = config.moe, config.moe.hidden_size, config.moe.experts.intermediate_size
     slots = tokens * moe.router.top_k // moe.dispatch.chunks // (moe.router.num_experts if cpu else 1)
-    return slots * (moe.hidden_size * b + 10 * moe.experts.intermediate_size * max(4, b))
+    if quack:
+        weights = 3 * moe.router.num_experts // config.parallel.ep * hidden * width
+        return (slots * (hidden + 3 * width) + weights + 4 * tokens * hidden) * b
+    return slots * (hidden * b + 10 * width * max(4, b))
 
 
 def _norm_bytes(config: TrainConfig, tokens: int, b: int, *, cpu: bool) -> int:

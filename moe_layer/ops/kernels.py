@@ -66,6 +66,7 @@ def _load() -> None:
         _ext.warn_if_missing()
 
 
+@torch.compiler.assume_constant_result
 def kernels_loaded() -> bool:
     """Whether the library is loaded, without loading it."""
     return bool(_ext.status.cache_info().currsize) and _ext.status().loaded

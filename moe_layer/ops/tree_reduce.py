@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe_layer.ops._call import call_plain
 from moe_layer.ops.gather_rows import gather_rows
-from moe_layer.ops.kernels import load_kernels
+from moe_layer.ops.kernels import kernels_loaded, load_kernels
 
 _WORKSPACE = 1 << 24  # elements of [M, B, D] partial sums held at once on the general path
 
@@ -58,10 +58,18 @@ def tree_reduce(
 
     Returns:
         `[M, D]` fp32 (fp64 for fp64 rows) unless `like_rows`; zeros for a token without slots.
+
+    Raises:
+        TypeError: fp64 rows on CUDA, where the kernel has no fp64 (the reference has).
     """
     if add_MD is not None:
         add_MD = add_MD.to(rows_ND.dtype if like_rows else _accumulation_dtype(rows_ND.dtype))
     load_kernels(rows_ND)
+    if rows_ND.dtype == torch.float64 and rows_ND.is_cuda and kernels_loaded():
+        raise TypeError(
+            "rows are float64, which the CUDA kernels do not sum; convert them to float32, or start the process with "
+            "MOE_LAYER_CUDA=0 to use the PyTorch reference"
+        )
     op = torch.ops.moe_layer.tree_reduce
     arguments = (rows_ND, row_MK, ids_MK, weights_MK, src_N, num_experts, blocks, add_MD, round_to_rows, like_rows)
     return op(*arguments) if torch.is_grad_enabled() else call_plain(op, *arguments)

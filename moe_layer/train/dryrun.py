@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from moe_layer.config.train import TrainConfig
+from moe_layer.experts.quack import obstacle
 from moe_layer.observe.flops import ParameterCount, count_parameters, train_flops_per_token
 from moe_layer.observe.memory import MemoryEstimate, estimate_memory
 from moe_layer.observe.metrics import short_number
@@ -25,17 +26,19 @@ class Estimate:
 
 
 def estimate(config: TrainConfig) -> Estimate:
-    """Build the decoder without memory and count."""
-    model = Decoder(
-        config.model,
-        config.moe,
-        device=torch.device("meta"),
-        dtype=torch_dtype(config.train.dtype),
-    )
+    """Build the decoder without memory and count. `experts.backend: auto` is what it would be on this machine."""
+    device, dtype = pick_device(config.train.device), torch_dtype(config.train.dtype)
+    model = Decoder(config.model, config.moe, device=torch.device("meta"), dtype=dtype)
+    experts = config.moe.experts
+    quack = experts.backend == "quack"
+    if experts.backend == "auto":
+        sizes = {"hidden_size": config.moe.hidden_size, "width": experts.intermediate_size}
+        options = {"activation": experts.activation, "bias": experts.bias}
+        quack = obstacle(device, dtype, **options, **sizes) is None
     return Estimate(
         parameters=count_parameters(model, config.moe),
         flops_per_token=train_flops_per_token(config, vocab=VOCAB),
-        memory=estimate_memory(config, model, vocab=VOCAB, cpu=pick_device(config.train.device).type == "cpu"),
+        memory=estimate_memory(config, model, vocab=VOCAB, cpu=device.type == "cpu", quack=quack),
     )
 
 

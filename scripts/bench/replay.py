@@ -184,10 +184,11 @@ def gpu_time(case: Callable[[], None]) -> float:
 def interleaved(
     cases: Cases, runs: int, clock: Callable[[Callable[[], None]], float], calls: dict[str, int] | None = None
 ) -> dict[str, list[float]]:
-    """Milliseconds a call of each case, taken in turns after two rounds that do not count."""
+    """Milliseconds a call of each case, in turns (there and back: the clock follows the load) after two rounds that do
+    not count."""
     found: dict[str, list[float]] = {name: [] for name in cases}
     for run in range(runs + 2):
-        for name, case in cases.items():
+        for name, case in list(cases.items()) if run % 2 else reversed(cases.items()):
             value = clock(case) / (calls or {}).get(name, 1)
             if run >= 2:
                 found[name].append(value)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moe_layer.config.train import TrainConfig
 from moe_layer.observe.flops import count_parameters, peak_tflops, train_flops_per_token
+from moe_layer.train import dryrun
 from moe_layer.train.data import VOCAB
 from moe_layer.train.dryrun import describe, estimate
 from moe_layer.train.model import Decoder, token_losses, torch_dtype
@@ -143,6 +144,23 @@ def test_dry_run_memory_is_within_ten_percent_of_real_tensors(tmp_path: Path, ov
     assert (found.gradients, found.optimizer) == (gradients, sum(t.untyped_storage().nbytes() for t in state))
     assert found.weights == pytest.approx(weights, rel=0.01)
     assert "activations" in describe(config, estimate(config))
+
+
+def test_dry_run_knows_what_the_experts_take_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 tokens, 128 slots, 4 experts, D 32, F 512: torch's activation in fp32; QuACK; what this machine has."""
+    monkeypatch.setattr(dryrun, "pick_device", lambda _: torch.device("cuda"))
+    sizes = ["train.dtype=bf16", "optimizer.master_weights=false", "data.sequence_length=32", "train.micro_batch=2"]
+
+    def temporary(backend: str) -> int:
+        experts = ["moe.experts.intermediate_size=512", f"moe.experts.backend={backend}"]
+        return estimate(micro_config(tmp_path, *sizes, *experts)).memory.temporary
+
+    assert temporary("grouped_mm") == 128 * (32 * 2 + 10 * 512 * 4)
+    assert temporary("quack") == (128 * (32 + 3 * 512) + 3 * 4 * 32 * 512 + 4 * 64 * 32) * 2
+    monkeypatch.setattr(dryrun, "obstacle", lambda *_, **__: None)
+    assert temporary("auto") == temporary("quack")
+    monkeypatch.setattr(dryrun, "obstacle", lambda *_, **__: "not here")
+    assert temporary("auto") == temporary("grouped_mm")
 
 
 def test_known_peaks() -> None:
