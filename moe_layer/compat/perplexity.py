@@ -2,9 +2,10 @@
 probabilities in the rows' order on request.
 
 Replace `pplx_kernels.AllToAll` or `P2PAllToAll` by `AllToAll`. What differs, all of it deliberate: any device and any
-backend of `DispatchConfig`; rows of an expert come in a fixed order (source rank, token); index -1 (0xFFFFFFFF as
-uint32) is a slot that is not routed; `out_expert_prob` is new (pplx-garden#7); a buffer that is too small is an error
-before anything is written.
+backend of `DispatchConfig`; construction (`expert_padding` is `config.alignment`), keyword arguments only, `dispatch`
+takes the weights in either case, and `context.close()` stands for `destroy()`; rows of an expert come in a fixed order
+(source rank, token); index -1 (0xFFFFFFFF as uint32) is a slot that is not routed; `out_expert_prob` is new
+(pplx-garden#7); a buffer that is too small is an error before anything is written.
 
 Who multiplies: `combine`, always, and only at home: y[t] = sum_k weights[t, k] * expert_y[row of (t, k)], in fp32 by
 the fixed tree of docs/design.md section 3 (fp64 for fp64 rows). `dispatch` never multiplies: with `out_expert_prob` it
@@ -192,6 +193,7 @@ class AllToAll:
         bound_m: Tensor | None = None,
         do_send: bool = True,
         do_recv: bool = True,
+        accumulate: bool = False,
     ) -> None:
         """The experts' rows back to their tokens, summed with `weights`.
 
@@ -202,6 +204,8 @@ class AllToAll:
             expert_y: `[L, C, H]` or `[N, H]`, rows where `dispatch` put them; bf16, fp16, fp32, on CPU fp64. Pads and
                 rows past the end are not read.
             bound_m: see `out_tokens`.
+            accumulate: add to what `out_tokens` holds, such as a shared expert's output: in fp32, rounded once. The
+                receiving half decides.
 
         Raises: as `dispatch`; RuntimeError too when there is no received dispatch to answer.
         """
@@ -227,8 +231,8 @@ class AllToAll:
             if do_recv:
                 assert call.trip is not None
                 self._call = None
-                y_TH = self.dispatcher.combine_recv(*call.trip)
-                out_TH = out_tokens[: y_TH.shape[0]]
+                out_TH = out_tokens[: call.ids_TK.shape[0]]
+                y_TH = self.dispatcher.combine_recv(*call.trip, out_TH if accumulate else None)
                 out_TH.copy_(y_TH if real_T is None else torch.where(real_T.unsqueeze(1), y_TH, out_TH))
 
     def _receive(self, target: RowTarget, widths: tuple[int, int, int]) -> None:
@@ -269,7 +273,7 @@ class AllToAll:
         """Bool `[T]`: rows of `out_tokens` to be written, None for all."""
         assert call.rows is not None
         T, H = call.ids_TK.shape[0], self.hidden_dim
-        shape = (self.num_local_experts, -1, H) if y.ndim == 3 else (-1, H)
+        shape = (self.num_local_experts, -1, H) if isinstance(y, Tensor) and y.ndim == 3 else (-1, H)
         # the CUDA sum has no fp64 kernel
         dtypes = _FLOATS[:-1] if call.ids_TK.is_cuda else _FLOATS
         check_tensor("expert_y", y, shape, dtypes=dtypes, device=call.ids_TK.device)

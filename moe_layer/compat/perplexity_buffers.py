@@ -30,6 +30,8 @@ def check_tensor(
     contiguous: bool = False,
 ) -> None:
     """Raise ValueError naming `name` unless the tensor fits; -1 in `shape` is any size."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
     fits = tensor.ndim == len(shape) and all(want in (-1, have) for want, have in zip(shape, tensor.shape, strict=True))
     if not fits:
         wanted = ", ".join("any" if size < 0 else str(size) for size in shape)
@@ -59,7 +61,7 @@ def check_halves(do_send: bool, do_recv: bool) -> None:
 
 
 def check_no_grad(**tensors: Tensor) -> None:
-    tracked = [name for name, tensor in tensors.items() if tensor.requires_grad]
+    tracked = [name for name, tensor in tensors.items() if isinstance(tensor, Tensor) and tensor.requires_grad]
     if tracked and torch.is_grad_enabled():
         raise ValueError(
             f"{', '.join(tracked)} require grad, but autograd does not follow the caller's buffers; call under "
@@ -75,6 +77,8 @@ def real_tokens(bound_m: Tensor | None, *, tokens: int, device: torch.device) ->
     """
     if bound_m is None:
         return None
+    if not isinstance(bound_m, Tensor):
+        raise ValueError(f"bound_m must be a tensor of one integer, got {bound_m!r}")
     if bound_m.numel() != 1 or bound_m.dtype not in _INTEGERS:
         raise ValueError(f"bound_m must be one integer, got {bound_m.dtype} {list(bound_m.shape)}")
     if not bound_m.is_cuda and not 0 <= int(bound_m) <= tokens:
@@ -123,6 +127,8 @@ class RowTarget:
     def check(self, *, local: int, hidden: int, dtype: torch.dtype) -> None:
         """Raise ValueError unless all of them have one layout, L experts, H columns and the right dtypes."""
         x, prob, scale = self.x, self.prob, self.scale
+        if not isinstance(x, Tensor):
+            raise ValueError(f"out_expert_x must be a tensor, got {type(x).__name__}")
         check_tensor("out_expert_num_tokens", self.count_L, (local,), dtypes=(torch.int32,))
         layout = (local, -1) if x.ndim == 3 else (-1,)
         check_tensor("out_expert_x", x, (*layout, hidden), dtypes=(dtype,), contiguous=True)

@@ -17,7 +17,7 @@ from moe_layer.dispatch.hierarchical import HierarchicalRoute
 from moe_layer.dispatch.library import LibraryRoute, transport_opener
 from moe_layer.dispatch.local import LocalDispatcher
 from moe_layer.dispatch.nvlink import NvlinkDispatcher
-from moe_layer.dispatch.plan import check_divisible, make_plan
+from moe_layer.dispatch.plan import check_divisible, check_sizes, make_plan
 from moe_layer.dispatch.replicated import ReplicatedRoute
 from moe_layer.dispatch.route import Route
 from moe_layer.dispatch.wire import Link
@@ -47,13 +47,14 @@ def make_dispatcher(
     a dispatcher without a layer loads the compiled library too. `token_format` stands in for `dispatch_format: input`.
 
     Raises:
-        ConfigError: the experts do not split over the ranks, or the backend does not fit the number of ranks, or the
-            token format does not fit the configuration.
+        ConfigError: no experts, or fewer than `top_k`; they do not split over the ranks, or the backend does not fit
+            the number of ranks, or the token format does not fit the configuration.
         RankMismatch: ranks were given different configurations.
     """
     if not torch.compiler.is_compiling():  # loading is not for a graph
         require_kernels(kernels)
     ranks = 1 if context is None else context.ep_size
+    check_sizes(num_experts, top_k)
     check_divisible(num_experts, ranks)
     check_format(config, token_format)
     backend = config.backend

@@ -28,6 +28,14 @@ def make_plan(ids_TK: Tensor, *, num_experts: int, num_ranks: int) -> DispatchPl
     return DispatchPlan(ids_TK, num_experts, num_ranks, make)
 
 
+def check_sizes(num_experts: int, top_k: int) -> None:
+    """Raise ConfigError unless a token can have `top_k` different experts."""
+    if num_experts < 1 or not 1 <= top_k <= num_experts:
+        raise ConfigError(
+            f"num_experts is {num_experts} and top_k {top_k}; there must be experts, and top_k from 1 to their number"
+        )
+
+
 def check_divisible(num_experts: int, num_ranks: int) -> None:
     """Raise ConfigError, naming sizes that work, unless the experts split evenly over the ranks."""
     if num_experts % num_ranks:

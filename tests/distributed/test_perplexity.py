@@ -146,6 +146,35 @@ def test_bound_m(ranks: ThreadRanks, size: int, backend: str) -> None:
     on_ranks(ranks, size, one)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("backend", ["auto", "all_gather", "replicated", "nvlink"])
+def test_accumulate(ranks: ThreadRanks, size: int, backend: str) -> None:
+    """Added once to what lies in `out_tokens`, in fp32, whatever half asks; rows past the bound stay untouched."""
+    tokens = [make_tokens(30 + (0 if backend == "replicated" else r), 8) for r in range(size)]
+
+    def one(context: ParallelContext | None) -> None:
+        mine, bound = tokens[rank_of(context)], torch.tensor(6)
+        layer = make(context, config=config_of(backend))
+        given = inputs(mine)
+        slots = {"indices": given["indices"], "weights": given["weights"], "bound_m": bound}
+        for dtype in (torch.float64, torch.bfloat16):
+            out = make_out(E // size, 40, padded=True)
+            layer.dispatch(**out.arguments(prob=False, scale=False), **given, bound_m=bound)
+            y = torch.ones_like(out.x).to(dtype)
+            before = torch.linspace(-2, 2, 8 * H).view(8, H).to(dtype)
+            before[6:] = torch.nan
+            result = before.clone()
+            layer.combine(out_tokens=result, expert_y=y, **slots, do_recv=False)
+            layer.combine(out_tokens=result, expert_y=y, **slots, do_send=False, accumulate=True)
+            total_T1 = torch.where(mine.ids_TK >= 0, mine.w_TK, 0).double().sum(1, keepdim=True)
+            want = (before.double() + total_T1)[:6]
+            tolerance = 1e-6 if dtype == torch.float64 else 2**-8
+            torch.testing.assert_close(result[:6].double(), want, rtol=tolerance, atol=1e-6)
+            assert result[6:].isnan().all()
+
+    on_ranks(ranks, size, one)
+
+
 @pytest.mark.parametrize("backend", ["auto", "all_gather", "nvlink"])
 def test_the_same_bits_at_any_number_of_ranks(ranks: ThreadRanks, backend: str) -> None:
     """fp32 rows: out_tokens of 1, 2 and 4 ranks that share the same tokens."""

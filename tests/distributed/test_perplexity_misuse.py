@@ -91,6 +91,9 @@ def test_small_buffers_name_the_size_and_may_be_replaced(ranks: ThreadRanks, pad
     ranks.run(2, one)
 
 
+TENSORS = ("out_expert_num_tokens", "out_expert_x", "out_expert_prob", "dp_x", "indices", "weights")
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -106,6 +109,8 @@ def test_small_buffers_name_the_size_and_may_be_replaced(ranks: ThreadRanks, pad
         ({"bound_m": torch.tensor(5)}, r"bound_m is 5, it must lie in \[0, 4\]"),
         ({"bound_m": torch.tensor([1, 2])}, "bound_m must be one integer"),
         ({"bound_m": torch.tensor(1.0)}, "bound_m must be one integer"),
+        ({"bound_m": 3}, "bound_m must be a tensor of one integer, got 3"),
+        *(({name: [1]}, f"{name} must be a tensor, got list") for name in TENSORS),
         ({"out_expert_num_tokens": torch.zeros(E).long()}, "out_expert_num_tokens must be torch.int32"),
         ({"out_expert_num_tokens": torch.zeros(E + 1).int()}, r"out_expert_num_tokens must be \[8\]"),
         ({"out_expert_x": torch.zeros(E + 1, 9, H)}, r"out_expert_x must be \[8, any, 6\]"),
@@ -139,6 +144,8 @@ def test_wrong_arguments_of_dispatch(change: dict[str, Any], text: str) -> None:
         ({"expert_y": torch.zeros(E, 0, H)}, ValueError, "expert_y has 0 rows"),
         ({"expert_y": torch.zeros(40, H).int()}, ValueError, "expert_y must be torch.bfloat16 or"),
         ({"bound_m": torch.tensor(-1)}, ValueError, "bound_m is -1"),
+        ({"expert_y": None}, ValueError, "expert_y must be a tensor, got NoneType"),
+        ({"out_tokens": None}, ValueError, "out_tokens must be a tensor, got NoneType"),
     ],
 )
 def test_wrong_arguments_of_combine(change: dict[str, Any], error: type[Exception], text: str) -> None:
@@ -160,6 +167,9 @@ def test_construction_and_too_many_tokens() -> None:
     ):
         with pytest.raises(ConfigError):
             make(None, config=config)
+    for sizes in ((0, 1), (4, 0), (4, 5)):
+        with pytest.raises(ConfigError, match=f"num_experts is {sizes[0]} and top_k {sizes[1]}; there must be experts"):
+            AllToAll(num_experts=sizes[0], experts_per_token=sizes[1], hidden_dim=H, max_num_tokens=MOST)
     assert isinstance(make(None, config=config_of(capacity="static", max_tokens_per_rank=MOST)), AllToAll)
     layer, out = make(None), make_out(E, 40, padded=False)
     with pytest.raises(CapacityError, match="dp_x has 10 tokens, max_num_tokens is 9; raise it to 10"):
