@@ -219,6 +219,10 @@ class RouterReplay(NotCopied):
             ids = self.replay_backward_list.pop(0)
         else:
             return replay
+        if replay is not None:
+            raise RoutingError(
+                f"layer {self.name!r} got replay=... under {action.name}; use one of them, or clear the action"
+            )
         if tuple(ids.shape) != (num_tokens, self.top_k) or ids.is_floating_point():
             raise RoutingError(
                 f"layer {self.name!r}: replay ids must be integers [{num_tokens}, {self.top_k}], got {ids.dtype} "

@@ -74,10 +74,13 @@ class RoutingSession:
         self._routers = list(used.values())
         self._local = threading.local()
         self._tally = Tally(self.spec, self.device)  # now: a graph capture would zero it at every launch
+        taken = [n for n, r in used.items() if r.routing_tap is not None and r.routing_tap.alive]
+        if taken:
+            raise RoutingError(
+                f"another session is attached to this model (layer {taken[0]!r}, {len(taken)} in all); close() it first"
+            )
         self._taps = [_Tap(self, index, router) for index, router in enumerate(self._routers)]
         for router, tap in zip(self._routers, self._taps, strict=True):
-            if router.routing_tap is not None and router.routing_tap.alive:
-                raise RoutingError("another session is attached to this model; close() it first")
             router.routing_tap = tap
 
     @property

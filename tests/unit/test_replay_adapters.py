@@ -189,6 +189,8 @@ LIES: dict[str, tuple[Callable[[], Any], str]] = {
         "recorded in part",
     ),
     "axis of equal numbers": (lambda: LayerAxis.of(["a.1", "b.1"], num_decoder_layers=4), "must differ"),
+    "axis of a string": (lambda: LayerAxis.of("model.layers.1.mlp"), "must be a list of module paths"),
+    "axis without layers": (lambda: LayerAxis.of([], num_decoder_layers=4), "layers is empty"),
     "axis without numbers": (lambda: LayerAxis.of(["a", "b"], num_decoder_layers=4), "exactly one number"),
 }
 

@@ -168,6 +168,9 @@ def test_megatron_raises_where_the_original_is_silent() -> None:
     RouterReplay.set_replay_data([ids[:-1] for ids in layers_of(0)])
     with pytest.raises(RoutingError, match=rf"must be integers \[{T}, {K}\]"):
         model(batch())
+    RouterReplay.set_replay_data(layers_of(0))
+    with pytest.raises(RoutingError, match=r"got replay=\.\.\. under REPLAY_FORWARD; use one of them"):
+        model.blocks[0].moe(batch(), replay=layers_of(1)[0])
     RouterReplay.clear_global_indices()
     RouterReplay.set_global_router_replay_action(BACKWARD)
     with pytest.raises(RoutingError, match="nothing left to replay"):

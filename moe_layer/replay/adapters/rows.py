@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_layer.errors import TraceError
+from moe_layer.replay.spec import layer_names
 from moe_layer.replay.trace import RoutingTrace
 
 
@@ -34,8 +35,11 @@ class LayerAxis:
     @classmethod
     def of(cls, layers: Sequence[str], *, num_decoder_layers: int | None = None) -> LayerAxis:
         """From module paths with one number in them (`model.layers.3.mlp`): the number is the decoder index."""
+        layers = layer_names(layers)
+        if not layers:
+            raise TraceError("layers is empty; name the model's MoE layers")
         if num_decoder_layers is None:
-            return cls(tuple(layers))
+            return cls(layers)
         numbers = tuple(_layer_number(name) for name in layers)
         if len(set(numbers)) != len(numbers) or max(numbers) >= num_decoder_layers:
             raise TraceError(
@@ -43,7 +47,7 @@ class LayerAxis:
                 "LayerAxis(layers, "
                 "decoder=(count, indices))"
             )
-        return cls(tuple(layers), (num_decoder_layers, numbers))
+        return cls(layers, (num_decoder_layers, numbers))
 
     def pick(self, ids_RAK: Tensor) -> Tensor:
         """`[R, L, K]`, dense layers left out.
