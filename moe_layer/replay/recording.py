@@ -45,12 +45,11 @@ class Recording:
                 "a CUDA graph cannot capture record(); use record(max_tokens=...) and commit() after each launch"
             )
         weights = routed.weights_TK.detach().float() if self._keeps_weights else None
-        valid = routed.valid_T
         self._calls[layer].append(
             (
-                self._to_host(routed.ids_TK.to(self.spec.dtype, copy=True)),
-                None if weights is None else self._to_host(weights.clone()),
-                None if valid is None else self._to_host(valid.clone()),
+                self._to_host(routed.ids_TK, self.spec.dtype),
+                self._kept(weights),
+                self._kept(routed.valid_T),
             )
         )
 
@@ -59,22 +58,24 @@ class Recording:
         self._check_calls()
         self._mark()
 
-    def _to_host(self, tensor: Tensor) -> Tensor:
-        """`tensor`, which nobody else holds, in pinned memory; does not wait. CPU tensors stay as they are, as do
-        those of a compiled graph until the block ends.
+    def _to_host(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy in pinned memory; does not wait. CPU tensors are copied where they are, as are those of a compiled
+        graph until the block ends.
         """
         if not tensor.is_cuda or torch.compiler.is_compiling():
-            return tensor
+            return tensor.to(dtype, copy=True)
         self._streams.add(torch.cuda.current_stream(tensor.device))
-        return self._host.take(tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True)
+        return self._host.take(tensor.shape, dtype).copy_(tensor, non_blocking=True)
+
+    def _kept(self, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else self._to_host(tensor, tensor.dtype)
 
     def _mark(self) -> None:
         """Events behind the copies, on every stream that has some."""
         for calls in self._calls:
             for at, (ids, weights, valid) in enumerate(calls):
                 if ids.is_cuda:  # recorded by a compiled graph
-                    weights = None if weights is None else self._to_host(weights)
-                    calls[at] = (self._to_host(ids), weights, None if valid is None else self._to_host(valid))
+                    calls[at] = (self._to_host(ids, ids.dtype), self._kept(weights), self._kept(valid))
         for stream in self._streams:
             event = torch.cuda.Event()
             event.record(stream)
@@ -180,8 +181,8 @@ class StaticRecording(Recording):
             raise TraceError("a CUDA graph cannot capture commit(); call it after each launch of the graph")
         if not 0 <= num_tokens <= self.ids.shape[1]:
             raise TraceError(f"commit({num_tokens}) of buffers for {self.ids.shape[1]} tokens; raise max_tokens")
-        ids = self._to_host(self.ids[:, :num_tokens].clone())
-        routed = self._to_host(self.routed[:, :num_tokens].clone()) if self._masked else None
+        ids = self._to_host(self.ids[:, :num_tokens], self.ids.dtype)
+        routed = self._to_host(self.routed[:, :num_tokens], torch.bool) if self._masked else None
         for layer in range(len(self.spec.layers)):
             self._calls[layer].append((ids[layer], None, None if routed is None else routed[layer]))
 

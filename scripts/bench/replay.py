@@ -3,11 +3,12 @@
 
     python scripts/bench/replay.py --device cuda --output docs/benchmarks/replay.jsonl      [preset overrides ...]
 
-A JSON line per number of tokens and mode: medians of one layer forward and backward alone, recording, replaying and
-comparing; of the router alone (gate GEMM, selection, losses), live and replayed; host bytes a token against the
-format's arithmetic. Goals on an H200: recording at most 5% of the step, replay at most 10% of the router. An eager
-figure is wall time of a few calls in a row, so that the host may run ahead as it does in training; a graph's is GPU
-time, with the copy of the recorded ids to the host. The commands' exit code is 0 whatever the figures say.
+A JSON line per number of tokens and mode: medians of a step (forward and backward of `--layers` layers) alone,
+recording, replaying and comparing, a block a step; of one router alone (gate GEMM, selection, losses), live and
+replayed; host bytes a token and layer against the format's arithmetic. Goals on an H200: recording at most 5% of the
+step, replay at most 10% of the router. An eager figure is wall time of a few calls in a row, so that the host may run
+ahead as it does in training; a graph's is GPU time, with the copy of the recorded ids to the host. The commands' exit
+code is 0 whatever the figures say.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from graphs import in_graph  # noqa: E402
+from torch import nn  # noqa: E402
 
 from moe_layer import MoELayer, RoutingSession, RoutingTrace, load_config  # noqa: E402
 from moe_layer.experts.backend import resolve  # noqa: E402
@@ -44,6 +46,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--preset", default="qwen3-30b-a3b")
     parser.add_argument("--tokens", type=int, nargs="*", help="default 4096 16384 on CUDA, 2048 on CPU")
+    parser.add_argument("--layers", type=int, default=1, help="of the step, one after the other")
     parser.add_argument("--runs", type=int, default=20, help="interleaved runs; the median counts")
     parser.add_argument("--output", type=Path, help="append the rows to this file")
     parser.add_argument("--sha", default="", help="of the sources, where there is no git")
@@ -65,16 +68,17 @@ def measure(args: argparse.Namespace, tokens: int, on_gpu: bool) -> list[dict[st
     config = load_config(args.preset, [*([] if on_gpu else CPU_SIZE), *args.overrides])
     dtype = torch.bfloat16 if on_gpu else torch.float32
     torch.manual_seed(0)
-    layer = MoELayer(config, device=args.device, dtype=dtype)
+    model, single = (
+        nn.Sequential(*(MoELayer(config, device=args.device, dtype=dtype) for _ in range(count)))
+        for count in (args.layers, 1)
+    )
     x = torch.randn(tokens, config.hidden_size, device=args.device, dtype=dtype, requires_grad=True)
-    session = RoutingSession(layer)
-    with torch.no_grad(), session.record() as recording:
-        layer(x)
-    trace = recording.trace()
-    plan = trace.plan(layers=session.layers, device=session.device)
+    parts = [Bench(part, x) for part in (model, single)]
+    session, trace, recording = parts[0].session, parts[0].trace, parts[0].recording
     width = config.experts.intermediate_size
     about = {
         "bench": "replay",
+        "layers": args.layers,
         "T_D_F_E_K": (tokens, config.hidden_size, width, config.router.num_experts, config.router.top_k),
         "dtype": str(dtype).removeprefix("torch."),
         "experts": resolve(config.experts.backend, session.device, dtype, hidden_size=config.hidden_size, width=width),
@@ -82,24 +86,36 @@ def measure(args: argparse.Namespace, tokens: int, on_gpu: bool) -> list[dict[st
         "torch": torch.__version__,
         "extension": _ext.status().sentence(),
         "git": args.sha or _git("rev-parse", "--short", "HEAD"),
-        "host_bytes_per_token": recording.host_bytes / tokens,
+        "host_bytes_per_token": recording.host_bytes / tokens / args.layers,
         **_bytes(trace),
     }
-    cases = eager_cases(layer, x, session, plan)
+    cases = eager_cases(*parts)
     rows = [about | summary("eager", interleaved(cases, args.runs, in_a_row(on_gpu)))]
     if on_gpu:
-        graphs, calls = graph_cases(layer, x, session, plan)
+        graphs, calls = graph_cases(*parts)
         rows.append(about | summary("graph", interleaved(graphs, args.runs, gpu_time, calls)))
     return rows
 
 
-def eager_cases(layer: MoELayer, x: torch.Tensor, session: RoutingSession, plan: Any) -> Cases:
+class Bench:
+    """A model with its session and what it recorded of x."""
+
+    def __init__(self, model: nn.Sequential, x: torch.Tensor) -> None:
+        self.model, self.x, self.session = model, x, RoutingSession(model)
+        with torch.no_grad(), self.session.record() as self.recording:
+            model(x)
+        self.trace = self.recording.trace()
+        self.plan = self.trace.plan(layers=self.session.layers, device=self.session.device)
+
+
+def eager_cases(whole: Bench, single: Bench) -> Cases:
+    x, session, plan = whole.x, whole.session, whole.plan
     upstream = torch.randn_like(x)
 
     def step() -> None:
-        layer.zero_grad(set_to_none=True)
+        whole.model.zero_grad(set_to_none=True)
         x.grad = None
-        layer(x).backward(upstream)
+        whole.model(x).backward(upstream)
 
     def recorded() -> None:
         with session.record():
@@ -114,11 +130,11 @@ def eager_cases(layer: MoELayer, x: torch.Tensor, session: RoutingSession, plan:
             step()
 
     def router() -> None:
-        layer.router(x)
+        single.model[0].router(x)
 
     def router_replayed() -> None:
-        with session.replay(plan):
-            layer.router(x)
+        with single.session.replay(single.plan):
+            single.model[0].router(x)
 
     return {
         "step": step,
@@ -130,11 +146,11 @@ def eager_cases(layer: MoELayer, x: torch.Tensor, session: RoutingSession, plan:
     }
 
 
-def graph_cases(layer: MoELayer, x: torch.Tensor, session: RoutingSession, plan: Any) -> tuple[Cases, dict[str, int]]:
+def graph_cases(whole: Bench, single: Bench) -> tuple[Cases, dict[str, int]]:
     """Launches, and how many calls of the router each holds."""
-    eager = eager_cases(layer, x, session, plan)
-    tokens = x.shape[0]
-    with session.record(max_tokens=tokens) as recording:
+    eager = eager_cases(whole, single)
+    tokens = whole.x.shape[0]
+    with whole.session.record(max_tokens=tokens) as recording:
         record = in_graph(eager["step"])
 
     def recorded() -> None:
