@@ -6,6 +6,7 @@ T tokens, D hidden, E experts, K top-k.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -263,7 +264,7 @@ class MoELayer(nn.Module):
 
     def _boundaries(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
         if cu_seqlens is not None:
-            _check_boundaries(cu_seqlens, x.shape[:-1].numel())
+            _check_boundaries(cu_seqlens, math.prod(x.shape[:-1]))
         if cu_seqlens is not None or self.config.losses.aux != "sequence":
             return cu_seqlens
         if x.ndim != 3:

@@ -14,6 +14,7 @@ CUDA kernels for these two schemas. The schemas are settled; a change is announc
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -291,7 +292,7 @@ def route_topk(
     load_kernels(logits)
     aux_coeff, z_coeff = (0.0, 0.0) if loss_coeffs is None else loss_coeffs
     lead = logits.shape[:-1]
-    num_tokens = lead.numel()
+    num_tokens = math.prod(lead)  # Size.numel() would make a constant of it under torch.export
 
     def rows(tensor: Tensor | None) -> Tensor | None:
         return tensor if tensor is None or tensor.ndim == 2 else tensor.reshape(num_tokens, tensor.shape[-1])

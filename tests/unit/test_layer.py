@@ -202,6 +202,15 @@ def test_fullgraph_compile_same_bits(rows):
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients(layer, x, compiled, upstream), strict=True))
 
 
+def test_export_with_any_number_of_tokens():
+    layer = make_layer(make_config(losses=LOSSES), dtype=torch.float32).eval()
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    exported = torch.export.export(layer, (torch.randn(2, 5, D),), dynamic_shapes={"x": {0: batch, 1: length}})
+    for shape in ((2, 5, D), (3, 7, D)):
+        x = torch.randn(shape)
+        assert torch.equal(exported.module()(x), layer(x))
+
+
 def test_runs_twice_with_the_same_bits():
     layer = make_layer(make_config(losses=LOSSES), dtype=torch.float32)
     x, upstream = torch.randn(64, D, requires_grad=True), torch.randn(64, D)
