@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, CapacityError, DispatchTimeout, RankMismatch, TrainingError) as error:
         if os.environ.get("MOE_LAYER_LOG", "").lower() == "debug":
             raise
-        print(f"moe-layer: {_sentence(error)}", file=sys.stderr)
+        sys.stderr.write(f"moe-layer: {_sentence(error)}\n")  # at once: other ranks write beside us
         return 2
 
 

@@ -31,6 +31,21 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def to_flat(config: Any) -> dict[str, Any]:
+    """Every value of a config under its dotted key, as `key=value` overrides write it."""
+    flat: dict[str, Any] = {}
+
+    def walk(values: dict[str, Any], prefix: str) -> None:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+            else:
+                flat[prefix + key] = value
+
+    walk(to_dict(config), "")
+    return flat
+
+
 def to_yaml(config: Any) -> str:
     """The complete config, defaults included; `load_config` of this text gives an equal config."""
     return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=False)

@@ -345,6 +345,8 @@ def train_(c: train.TrainConfig) -> Problems:
             f"optimizer.warmup_steps ({c.optimizer.warmup_steps}) must not exceed train.steps ({c.train.steps}); "
             f"lower warmup_steps"
         )
+    if c.moe.experts.weight_format != "input":
+        yield f"moe.experts.weight_format ({c.moe.experts.weight_format}) has no backward; train with input"
     if c.train.device == "cpu" and c.optimizer.name == "apex_fused_adam":
         yield "optimizer.name (apex_fused_adam) needs a GPU but train.device is cpu; use adamw or auto"
     if c.train.device == "cpu" and c.moe.kernels == "cuda":
@@ -370,7 +372,10 @@ def _parallel(c: train.TrainConfig) -> Problems:
         )
     if ep > 1 and c.moe.dispatch.backend == "local":
         yield f"moe.dispatch.backend (local) works on one rank but parallel.ep is {ep}; use auto or all_to_all"
-    ranks = ep * (c.parallel.dp or 1)
+    replicated = c.moe.dispatch.backend == "replicated"
+    if replicated and not c.moe.dispatch.reduce:
+        yield "moe.dispatch.reduce (false) leaves each rank a partial sum, which the trainer does not add up; use true"
+    ranks = (1 if replicated else ep) * (c.parallel.dp or 1)  # with tokens of their own
     if c.train.global_batch % (c.train.micro_batch * ranks):
         yield (
             f"train.global_batch ({c.train.global_batch}) must be divisible by train.micro_batch "

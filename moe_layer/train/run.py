@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from moe_layer.config import to_yaml
+from moe_layer.config import load_config, to_yaml
+from moe_layer.config.dump import to_flat
 from moe_layer.config.train import TrainConfig
 from moe_layer.errors import ConfigError
 from moe_layer.observe.flops import count_parameters
@@ -59,16 +60,19 @@ def run(config: TrainConfig, *, out: Path | None = None) -> Result:
     folder = out or Path("runs") / config.name
     with join(config) as world:
         text = load_text(config.data)
+        source = _resume_source(config, folder)
+        facts = {"the training text": text.fingerprint, "--out": str(folder), "the checkpoint": str(source)}
+        world.require_same(to_flat(config) | facts)
         model = build_model(config, world)
         optimizer = Optimizer(model, config.optimizer, device=world.device)
         trainer = Trainer(config, model=model, optimizer=optimizer, text=text, world=world)
-        source = _resume_source(config, folder)
-        first = 0
+        first, notes = 0, []
         if source is not None:
             first = load_state(trainer, source)
+            notes = _resumed(config, source, first)
         _prepare_folder(folder, config, world, resume=source, first=first)
         if world.is_main:
-            print(_opening(config, model, optimizer, text, world, folder=folder, source=source), flush=True)
+            print("\n".join([*_opening(config, model, optimizer, text, world, folder=folder), *notes]), flush=True)
         return _run_in(folder, trainer, first=first, resumed=source is not None)
 
 
@@ -213,8 +217,7 @@ def _opening(
     world: World,
     *,
     folder: Path,
-    source: Path | None,
-) -> str:
+) -> list[str]:
     """What was chosen, and why, in a few lines."""
     count = count_parameters(model, config.moe)
     origin = f"{text.files} files of " + ("the Python standard library" if not config.data.files else "data.files")
@@ -232,9 +235,25 @@ def _opening(
     lines += [f"left out: {why}" for why in text.skipped[:5]]
     if len(text.skipped) > 5:
         lines.append(f"left out: {len(text.skipped) - 5} more unreadable files")
-    if source is not None:
-        lines.append(f"resumed from {source}")
-    return "\n".join(lines)
+    return lines
+
+
+def _resumed(config: TrainConfig, source: Path, first: int) -> list[str]:
+    """What is continued, and what differs from the run that wrote it."""
+    lines = [f"resumed from {source}, after step {first}"]
+    written = source.parents[1] / "resolved.yaml"
+    try:
+        before = to_flat(load_config(written, kind=TrainConfig))
+    except ConfigError:
+        lines.append(f"{written} does not read, so what has changed since is not known")
+    else:
+        now = to_flat(dataclasses.replace(config, train=dataclasses.replace(config.train, resume=None)))
+        names = [name for name in before | now if before.get(name) != now.get(name)]
+        if names:
+            lines.append("changed since: " + ", ".join(f"{n} {before.get(n)} -> {now.get(n)}" for n in names))
+    if first >= config.train.steps:
+        lines.append(f"nothing is left to train: train.steps is {config.train.steps}; raise it to go on")
+    return lines
 
 
 def _device_name(world: World) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moe_layer.config.train import TrainConfig
-from moe_layer.errors import ConfigError
+from moe_layer.errors import ConfigError, RankMismatch
 from moe_layer.train.checkpoint import Layout
 
 
@@ -68,6 +68,25 @@ class World:
         tensor = torch.tensor([flag], device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return int(tensor.item())
+
+    def require_same(self, facts: Mapping[str, Any]) -> None:
+        """Every rank raises what two of them disagree about, before it costs a hang or a silently different replica.
+
+        Raises:
+            RankMismatch: names each differing fact with every rank's value.
+        """
+        if self.size == 1:
+            return
+        every: list[dict[str, Any]] = [{}] * self.size
+        dist.all_gather_object(every, dict(facts))
+        names = dict.fromkeys(name for record in every for name in record)
+        differing = [name for name in names if any(record.get(name) != every[0].get(name) for record in every)]
+        if differing:
+            lines = "; ".join(
+                f"{name}: " + ", ".join(f"{record.get(name)!r} on rank {rank}" for rank, record in enumerate(every))
+                for name in differing
+            )
+            raise RankMismatch(f"ranks disagree about {lines}; start every rank with the same command and files")
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Rank 0's tensor, in place."""

@@ -112,12 +112,28 @@ def test_resume_auto_continues_in_place_and_forgets_the_abandoned_future(
     assert [r["step"] for r in read_metrics(out) if r["kind"] == "train"] == [1, 2, 3, 4, 5]
     assert [p.name for p in checkpoint.checkpoints(out / "checkpoints")] == ["step_00000003", "step_00000005"]
     assert _train(tmp_path, "--out", str(out), "--resume", "auto", "train.steps=7") == 0
-    assert "step_00000005" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"resumed from {out / 'checkpoints' / 'step_00000005'}, after step 5\n" in printed
+    assert "changed since: train.steps 5 -> 7\n" in printed
     assert [r["step"] for r in read_metrics(out) if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6, 7]
     # a new run in the same place moves the old one aside
     assert _train(tmp_path, "--out", str(out), "train.steps=2") == 0
     assert "moved to" in capsys.readouterr().out
     assert (tmp_path / "run.1" / "metrics.jsonl").is_file() and len(checkpoint.checkpoints(out / "checkpoints")) == 1
+
+
+def test_resume_says_what_changed_and_that_nothing_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, other = tmp_path / "run", tmp_path / "other"
+    assert _train(tmp_path, "--out", str(out)) == 0
+    changes = ["train.steps=6", "moe.router.top_k=1", "optimizer.lr=1e-2"]
+    capsys.readouterr()
+    assert _train(tmp_path, "--out", str(other), "--resume", str(out), *changes) == 0
+    printed = capsys.readouterr().out
+    assert "changed since: moe.router.top_k 2 -> 1, optimizer.lr 0.004 -> 0.01\n" in printed
+    assert "nothing is left to train: train.steps is 6; raise it to go on\n" in printed
+    (out / "resolved.yaml").unlink()
+    assert _train(tmp_path, "--out", str(other), "--resume", str(out)) == 0
+    assert f"{out / 'resolved.yaml'} does not read, so what has changed since is not known" in capsys.readouterr().out
 
 
 def _start(folder: Path, code: str, *arguments: str) -> subprocess.Popen[str]:

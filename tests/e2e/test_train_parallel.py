@@ -45,21 +45,18 @@ def _one(folder: Path, out: Path, *, resume: Path | None = None, steps: int = 50
 
 
 def _two(folder: Path, out: Path, *, resume: Path | None = None, **options: Any) -> str:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "moe_layer",
-    ]
-    command += _arguments(folder, out, resume, {"train.micro_batch": 4, "parallel.ep": 2} | options)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=110, check=False)
+    done = _torchrun(["-m", "moe_layer"], _arguments(folder, out, resume, _TWO | options))
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+_TWO = {"train.micro_batch": 4, "parallel.ep": 2}
+
+
+def _torchrun(program: list[str], arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *arguments], env=env, text=True, capture_output=True, timeout=110, check=False)
 
 
 def _losses(out: Path, *, first: int = 1) -> Tensor:
@@ -132,3 +129,25 @@ def test_nvlink_windows_give_the_same_run(runs: tuple[Path, Path], tmp_path: Pat
     assert torch.equal(_losses(tmp_path / "run"), _losses(runs[1], first=31))
     before, after = (_whole_tensors(run / "checkpoints" / "step_00000050") for run in (runs[1], tmp_path / "run"))
     assert not [key for key in before if not torch.equal(before[key], after[key])]
+
+
+_ONE_DIFFERS = """
+import os, sys
+from moe_layer.cli import main
+sys.exit(main([*sys.argv[1:], *(["seed=4", "train.log_every=2"] if os.environ["RANK"] == "1" else [])]))
+"""
+
+
+@pytest.mark.dist
+def test_ranks_with_different_commands_say_so(tmp_path: Path) -> None:
+    """Another seed would train on other data without a word, another log interval would end in a timeout."""
+    program = tmp_path / "program.py"
+    program.write_text(_ONE_DIFFERS)
+    done = _torchrun([str(program)], _arguments(tmp_path, tmp_path / "out", None, _TWO))
+    assert done.returncode != 0
+    expected = (
+        "moe-layer: ranks disagree about seed: 0 on rank 0, 4 on rank 1; train.log_every: 1 on rank 0, 2 on rank 1; "
+        "start every rank with the same command and files"
+    )
+    assert expected in done.stderr.splitlines(), done.stderr[-3000:]
+    assert not (tmp_path / "out").exists()

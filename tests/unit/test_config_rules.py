@@ -262,6 +262,22 @@ RUN_RULES: list[tuple[list[str], list[str]]] = [
     ),
     (["name=my-run_2.b"], []),
     (
+        ["moe.experts.weight_format=int8"],
+        ["moe.experts.weight_format (int8) has no backward; train with input"],
+    ),
+    (
+        ["moe.dispatch.backend=replicated", "moe.dispatch.reduce=false"],
+        ["moe.dispatch.reduce (false) leaves each rank a partial sum, which the trainer does not add up; use true"],
+    ),
+    (["moe.dispatch.backend=replicated", "parallel.ep=2", "train.global_batch=8", "train.micro_batch=8"], []),
+    (
+        ["moe.dispatch.backend=all_gather", "parallel.ep=2", "train.global_batch=8", "train.micro_batch=8"],
+        [
+            "train.global_batch (8) must be divisible by train.micro_batch (8) times the 2 ranks of parallel.ep (2) and "
+            "parallel.dp (null); raise global_batch to 16 or lower micro_batch"
+        ],
+    ),
+    (
         ["model.embedding_std=1"],
         ["embedding_std (1) would scale the logits too, since tie_embeddings is true; set tie_embeddings to false"],
     ),
