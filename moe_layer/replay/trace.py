@@ -190,7 +190,8 @@ class RoutingTrace:
         """Multi-turn and partial rollouts: keep this trace's rows below `start`, take the rest from `other`.
 
         Rows that are owned already are never replaced, because later turns recompute them with other weights or
-        kernels.
+        kernels. What this trace has no ids for is not owned: the last sampled token of a turn, which the engine first
+        runs in the next turn's prefill, is taken from there.
 
         Args:
             other: a fragment of the same sequence, `other.first_position` rows into it; it may repeat owned rows.
@@ -211,8 +212,27 @@ class RoutingTrace:
                 f"most {start} "
                 f"to at least {start}, in one sequence; a gap cannot be spliced"
             )
+        check_columns([mine, other])
         self._check_overlap(other, first, min(self.num_tokens, first + other.num_tokens))
-        return _join([mine, other.rows(start - first, other.num_tokens)], one_sequence=True)
+        return _join(
+            [mine._filled(other.rows(0, start - first), first), other.rows(start - first, other.num_tokens)],
+            one_sequence=True,
+        )
+
+    def _filled(self, other: RoutingTrace, first: int) -> RoutingTrace:
+        """Layers of rows without any ids, from `other`, which are the rows from `first` on."""
+        absent_NL1 = (self.valid[first:] == 0).all(2, keepdim=True)
+        if not bool(absent_NL1.any()):
+            return self
+        absent = {"ids": absent_NL1, "valid": absent_NL1, "weights": absent_NL1}
+        absent["weights_version"] = absent_NL1.all(1).squeeze(1)  # of rows that have nothing of this trace
+        columns = {name: (getattr(self, name), getattr(other, name), mask) for name, mask in absent.items()}
+        filled = {
+            name: torch.cat((mine[:first], torch.where(mask, theirs, mine[first:])))
+            for name, (mine, theirs, mask) in columns.items()
+            if mine is not None
+        }
+        return replace(self, **filled)
 
     def _check_overlap(self, other: RoutingTrace, first: int, stop: int) -> None:
         if self.token_check is None or other.token_check is None or stop <= first:

@@ -318,6 +318,31 @@ def test_splice_keeps_owned_rows() -> None:
     assert torch.equal(cut.ids[:5], first.ids[:5]) and torch.equal(cut.ids[5:], whole.ids[5:])
 
 
+def test_splice_takes_what_no_turn_has_run_yet() -> None:
+    """A turn of S tokens has S-1 rows, its last token is run by the next turn; a layer can be absent alone."""
+    ids, tokens = random_ids(20, seed=1), torch.arange(20)
+    ids[8], ids[3, 1], ids[5, 0, 1] = -1, -1, -1
+    first = RoutingTrace.from_ids(
+        ids[:9], num_experts=E, layers=LAYERS, token_ids=tokens[:9], weights_version=0, weights=torch.zeros(9, 2, K)
+    )
+    later = random_ids(20, seed=2)
+    whole = RoutingTrace.from_ids(
+        later, num_experts=E, layers=LAYERS, token_ids=tokens, weights_version=1, weights=torch.ones(20, 2, K)
+    )
+    expected = torch.cat((ids[:9], later[9:]))
+    expected[8], expected[3, 1] = later[8], later[3, 1]  # slot (5, 0, 1) stays missing: its row is owned
+    got = first.splice(whole)
+    assert torch.equal(got.wide_ids(), expected.int())
+    assert got.weights is not None and got.weights_version is not None
+    assert got.weights_version.tolist() == [0] * 8 + [1] * 12
+    assert got.weights.flatten(1).mean(1).tolist() == [0, 0, 0, 0.5, 0, 0, 0, 0] + [1] * 12
+    got.plan(tokens=tokens)
+    tail = first.splice(whole.rows(8, 20))
+    assert torch.equal(tail.wide_ids()[8:], later[8:].int()) and bool((tail.wide_ids()[3, 1] == -1).all())
+    assert same(first.splice(whole.rows(9, 20)).rows(0, 9), first.rows(0, 9)), "a fragment without them leaves gaps"
+    assert same(whole.splice(whole), whole)
+
+
 def test_concat_and_sequences() -> None:
     parts = [make_trace(n, seed=n) for n in (3, 0, 5)]
     whole = RoutingTrace.concat(parts)
