@@ -67,6 +67,10 @@ class Routing:
         """
         from moe_layer.errors import RoutingError
 
+        if not isinstance(ids, Tensor) or not isinstance(weights, Tensor):
+            raise RoutingError(
+                f"ids and weights must be tensors [T, K], got {type(ids).__name__} and {type(weights).__name__}"
+            )
         if ids.ndim != 2 or ids.shape != weights.shape:
             raise RoutingError(
                 f"ids and weights must both be [T, K], got {tuple(ids.shape)} and {tuple(weights.shape)}"
@@ -75,6 +79,10 @@ class Routing:
             raise RoutingError(
                 f"ids must be an integer tensor and weights a floating one, got {ids.dtype} and {weights.dtype}"
             )
+        if ids.device != weights.device:
+            raise RoutingError(f"ids are on {ids.device} and weights on {weights.device}; move one of them")
+        if ids.dtype in (torch.uint16, torch.uint32, torch.uint64):
+            ids = ids.to(torch.int64)  # torch compares none of these
         if not ids.is_cuda and ids.numel():
             low, high = int(ids.min()), int(ids.max())
             if low < -1 or high >= num_experts:

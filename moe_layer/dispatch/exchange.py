@@ -21,7 +21,7 @@ from torch import Tensor
 from moe_layer.config.model import DispatchConfig
 from moe_layer.dispatch.arrange import Arrangement, arrange, gather_slots, scatter_slots
 from moe_layer.dispatch.base import finish, round_to_wire, wire_dtype
-from moe_layer.dispatch.formats import InputFormat, TokenFormat, encode_rows, format_for, round_gradient
+from moe_layer.dispatch.formats import InputFormat, TokenFormat, decode_rows, encode_rows, format_for, round_gradient
 from moe_layer.dispatch.options import (
     CallerRows,
     caller_rows,
@@ -276,7 +276,7 @@ class PartialTrip:
 
     def receive_back(self, dtype: torch.dtype) -> Tensor:
         payload = self.call.pending.pop("combine backward").wait()
-        d_part_CD = self.dual.decode(payload, dtype=self.call.dtype)
+        d_part_CD = decode_rows(self.dual, payload, dtype=self.call.dtype)
         assert self.call.arranged is not None
         return gather_rows(d_part_CD, self.call.arranged.compact_N).to(dtype)
 
@@ -311,9 +311,10 @@ class _DispatchRecv(torch.autograd.Function):
         arrived = call.pending.pop("dispatch").wait()
         weights = None if d.probs_at_home else arrived.pop()
         *payload, meta = arrived
-        x_CD = call.format.decode(payload, dtype=call.dtype)
         if isinstance(call.format, CallerRows):
-            call.scale_CS = payload[1]
+            x_CD, call.scale_CS = payload
+        else:
+            x_CD = decode_rows(call.format, payload, dtype=call.dtype)
         call.arranged = arranged = _arrange(call, ids_CK=meta[:, :-1] - 1, token_C=meta[:, -1])
         order = arranged.order
         if weights is None:

@@ -111,6 +111,13 @@ def check_format(config: DispatchConfig, token_format: TokenFormat | None) -> No
     """Raise ConfigError unless `make_dispatcher`'s `token_format` fits the configuration."""
     if token_format is None:
         return
+    numbers = [name for name in ("hidden", "msg_bytes", "row_alignment") if not hasattr(token_format, name)]
+    calls = [name for name in ("encode", "decode") if not callable(getattr(token_format, name, None))]
+    if numbers or calls:
+        raise ConfigError(
+            f"token_format is {type(token_format).__name__} and lacks {', '.join(numbers + calls)}; give it the "
+            "members of moe_layer.dispatch.TokenFormat"
+        )
     if config.dispatch_format != "input":
         raise ConfigError(
             f"dispatch.dispatch_format ({config.dispatch_format}) contradicts the token_format that was passed; leave "
@@ -154,9 +161,14 @@ def encode_rows(token_format: TokenFormat, x_TD: Tensor) -> list[Tensor]:
     """The payload of rows that travel.
 
     Raises:
-        ConfigError: the format's `msg_bytes` is not what it sends.
+        ConfigError: the format's `msg_bytes` is not what it sends, or it does not send a row for each row.
     """
     payload = list(token_format.encode(x_TD))
+    if any(part.ndim == 0 or part.shape[0] != x_TD.shape[0] for part in payload):
+        raise ConfigError(
+            f"token format {type(token_format).__name__} encodes {x_TD.shape[0]} rows as shapes "
+            f"{[tuple(part.shape) for part in payload]}; encode must return tensors [T, ...]"
+        )
     found = row_bytes(payload)
     if found != token_format.msg_bytes:
         raise ConfigError(
@@ -164,6 +176,22 @@ def encode_rows(token_format: TokenFormat, x_TD: Tensor) -> list[Tensor]:
             f"{token_format.msg_bytes}; correct msg_bytes"
         )
     return payload
+
+
+def decode_rows(token_format: TokenFormat, payload: Sequence[Tensor], *, dtype: torch.dtype) -> Tensor:
+    """`[C, hidden]` in `dtype` of the payload of C rows.
+
+    Raises:
+        ConfigError: the format decodes to something else.
+    """
+    rows_CD = token_format.decode(payload, dtype=dtype)
+    wanted = (payload[0].shape[0], token_format.hidden)
+    if tuple(rows_CD.shape) != wanted or rows_CD.dtype != dtype:
+        raise ConfigError(
+            f"token format {type(token_format).__name__} decodes to {tuple(rows_CD.shape)} {rows_CD.dtype}, expected "
+            f"{wanted} {dtype}; decode must return rows [C, hidden] in the dtype that it is given"
+        )
+    return rows_CD
 
 
 def round_rows(x_TD: Tensor, token_format: TokenFormat) -> Tensor:
@@ -178,7 +206,9 @@ def round_gradient(values: Tensor, token_format: TokenFormat, *, dtype: torch.dt
 
 def after_trip(x_TD: Tensor, token_format: TokenFormat) -> Tensor:
     """x as it arrives, in its dtype. Not for autograd."""
-    return token_format.decode(token_format.encode(x_TD), dtype=x_TD.dtype)
+    if isinstance(token_format, InputFormat):
+        return x_TD
+    return decode_rows(token_format, encode_rows(token_format, x_TD), dtype=x_TD.dtype)
 
 
 class _RoundRows(torch.autograd.Function):

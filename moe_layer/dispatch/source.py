@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moe_layer.dispatch.formats import TokenFormat, encode_rows
+from moe_layer.dispatch.formats import TokenFormat, decode_rows, encode_rows
 from moe_layer.dispatch.route import Pending, SlotRoute, row_bytes
 from moe_layer.dispatch.wire import Phase
 from moe_layer.ops.gather_rows import gather_rows
@@ -70,7 +70,7 @@ class SlotTrip:
 
     def receive_back(self, dtype: torch.dtype) -> Tensor:
         payload = self.call.pending.pop("combine backward").wait()
-        d_rows_PD = self.dual.decode(payload, dtype=self.call.dtype)
+        d_rows_PD = decode_rows(self.dual, payload, dtype=self.call.dtype)
         assert self.call.arranged is not None
         N = self.call.arranged.order.slot_N.shape[0]
         position = torch.arange(self._row_P.numel(), device=self._row_P.device)

@@ -119,3 +119,16 @@ def test_halves_received_twice(ranks: ThreadRanks, backend: str) -> None:
             dispatcher.combine_recv(*back)
 
     run(ranks, backend, twice)
+
+
+def test_routings_of_ones_own() -> None:
+    """Any integer dtype; what is no pair of tensors on one device gets a sentence."""
+    ids, weights = torch.tensor([[200, 3]]), torch.ones(1, 2)
+    for dtype in (torch.uint8, torch.uint16, torch.int16, torch.uint32, torch.int64, torch.uint64):
+        assert Routing.from_ids(ids.to(dtype), weights, num_experts=256).ids_TK.tolist() == [[200, 3]]
+        with pytest.raises(RoutingError, match=r"ids must lie in \[-1, 200\), got 3\.\.200"):
+            Routing.from_ids(ids.to(dtype), weights, num_experts=200)
+    with pytest.raises(RoutingError, match=r"must be tensors \[T, K\], got list and Tensor"):
+        Routing.from_ids([[1, 2]], weights, num_experts=8)  # type: ignore[arg-type]
+    with pytest.raises(RoutingError, match="ids are on cpu and weights on meta"):
+        Routing.from_ids(ids, weights.to("meta"), num_experts=256)

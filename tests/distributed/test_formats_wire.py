@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -142,12 +143,48 @@ def test_formats_that_do_not_fit(ranks: ThreadRanks) -> None:
     case = make_case(0, T=6, D=8, E=8, K=3)
     with pytest.raises(RoutingError, match="rows have 8 columns but the token format is for 16"):
         run_case(case, DispatchConfig(), token_format=Int8Rows(16))
-    errors = ranks.run(
-        2, lambda context: run_case(case, DispatchConfig(), context, token_format=Int8Rows(8, claimed=0)), fresh=True
-    )
-    for error in errors:
-        assert isinstance(error, ConfigError)
-        assert str(error) == ("token format Int8Rows encodes a row in 12 bytes but says msg_bytes 8; correct msg_bytes")
+
+    class Half:
+        hidden, msg_bytes = 8, 12
+
+        def encode(self, x_TD: Tensor) -> list[Tensor]:
+            return [x_TD]
+
+    with pytest.raises(ConfigError, match="token_format is Half and lacks row_alignment, decode; give it the members"):
+        make_dispatcher(DispatchConfig(), **shape, token_format=Half())  # type: ignore[arg-type]
+
+
+class LosesRows(Int8Rows):
+    def encode(self, x_TD: Tensor) -> list[Tensor]:
+        return [part[1:] for part in super().encode(x_TD)]
+
+
+class LosesColumns(Int8Rows):
+    def decode(self, payload: Sequence[Tensor], *, dtype: torch.dtype) -> Tensor:
+        return super().decode(payload, dtype=dtype)[:, 1:]
+
+
+class LosesTheDtype(Int8Rows):
+    def decode(self, payload: Sequence[Tensor], *, dtype: torch.dtype) -> Tensor:
+        return super().decode(payload, dtype=dtype).half()
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        (Int8Rows(8, claimed=0), "Int8Rows encodes a row in 12 bytes but says msg_bytes 8; correct msg_bytes"),
+        (LosesRows(8), r"LosesRows encodes \d+ rows as shapes \["),
+        (LosesColumns(8), r"LosesColumns decodes to \(\d+, 7\) torch.float32, expected \(\d+, 8\) torch.float32"),
+        (LosesTheDtype(8), r"LosesTheDtype decodes to \(\d+, 8\) torch.float16, expected \(\d+, 8\) torch.float32"),
+    ],
+)
+def test_formats_that_break_their_word(ranks: ThreadRanks, form: Any, text: str) -> None:
+    """On one rank, where nothing travels, as on two."""
+    case = make_case(0, T=6, D=8, E=8, K=3)
+    with pytest.raises(ConfigError, match=text):
+        run_case(case, DispatchConfig(), token_format=form)
+    for error in ranks.run(2, lambda context: run_case(case, DispatchConfig(), context, token_format=form), fresh=True):
+        assert isinstance(error, ConfigError) and re.search(text, str(error))
 
 
 def test_ranks_must_agree_about_the_format(ranks: ThreadRanks) -> None:
