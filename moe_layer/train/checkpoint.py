@@ -19,7 +19,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +77,31 @@ def save(
     Raises:
         OSError: the disk refuses; nothing that existed is touched.
     """
-    rank = dist.get_rank() if layout.world > 1 else 0
     final = folder / f"step_{step:08d}"
     work = folder / f".writing-step_{step:08d}"
+    try:
+        _write(work, shared, local=local, manifest=Manifest(step=step, layout=layout, data=data, files={}))
+    except (OSError, SafetensorError, dcp.api.CheckpointException) as error:
+        shutil.rmtree(work, ignore_errors=True)  # a full disk needs the space
+        raise OSError(f"{final} was not saved: {_reason(error)}; make room, then continue with --resume") from error
+    if _rank(layout) == 0:
+        if final.exists():  # the same step again after a resume: the new one takes its place
+            _remove(final)
+        os.rename(work, final)
+        _flush(folder)
+        others = [path for path in checkpoints(folder) if path != final]
+        for old in others[: max(0, len(others) - (keep - 1))]:
+            _remove(old)
+    _barrier(layout)
+    return final
+
+
+def _write(work: Path, shared: Mapping[str, Tensor], *, local: Mapping[str, Tensor], manifest: Manifest) -> None:
+    """The files of a checkpoint; rank 0 adds the manifest of what all ranks wrote."""
+    layout, rank = manifest.layout, _rank(manifest.layout)
     if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(".writing-*"):
+        work.parent.mkdir(parents=True, exist_ok=True)
+        for stale in work.parent.glob(".writing-*"):
             shutil.rmtree(stale)
         (work / "local").mkdir(parents=True)
     _barrier(layout)
@@ -95,16 +114,7 @@ def save(
     if rank == 0:
         found = sorted(path for path in work.rglob("*") if path.is_file())
         files = {path.relative_to(work).as_posix(): _digest(path, flush=True) for path in found}
-        _write_manifest(work, Manifest(step=step, layout=layout, data=data, files=files))
-        if final.exists():  # the same step again after a resume: the new one takes its place
-            _remove(final)
-        os.rename(work, final)
-        _flush(folder)
-        others = [path for path in checkpoints(folder) if path != final]
-        for old in others[: max(0, len(others) - (keep - 1))]:
-            _remove(old)
-    _barrier(layout)
-    return final
+        _write_manifest(work, replace(manifest, files=files))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -177,16 +187,15 @@ def load(path: Path, shared: Mapping[str, Tensor], *, layout: Layout) -> tuple[M
             dcp.load(state, storage_reader=reader, no_dist=layout.world == 1)
         local = None
         if manifest.layout == layout:
-            rank = dist.get_rank() if layout.world > 1 else 0
-            local = load_file(_local_file(path, rank))
+            local = load_file(_local_file(path, _rank(layout)))
     except (SafetensorError, OSError, dcp.api.CheckpointException) as error:
-        raise CheckpointError(f"{path} does not load: {error}; {_others(path)}") from error
+        raise CheckpointError(f"{path} does not load: {_reason(error)}; {_others(path)}") from error
     return manifest, local
 
 
 def _verify(path: Path, manifest: Manifest, layout: Layout) -> None:
     """Compare checksums, the files shared out over the ranks; every rank raises the same error."""
-    rank = dist.get_rank() if layout.world > 1 else 0
+    rank = _rank(layout)
     problems = []
     for name in sorted(manifest.files)[rank :: layout.world]:
         file = path / name
@@ -283,6 +292,17 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield
+
+
+def _reason(error: BaseException) -> str:
+    """One line; DCP wraps what went wrong on each rank together with its traceback."""
+    if isinstance(error, dcp.api.CheckpointException):
+        return "; ".join(dict.fromkeys(str(cause) for cause, _ in error.failures.values()))
+    return str(error)
+
+
+def _rank(layout: Layout) -> int:
+    return dist.get_rank() if layout.world > 1 else 0
 
 
 def _barrier(layout: Layout) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moe_layer.config.train import TrainConfig
-from moe_layer.errors import ConfigError, RankMismatch
+from moe_layer.errors import ConfigError, DispatchTimeout, RankMismatch
 from moe_layer.train.checkpoint import Layout
 
 
@@ -54,19 +54,22 @@ class World:
     def total(self, tensor: Tensor) -> Tensor:
         """Sum over the parts of the batch, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            with self._together():
+                dist.all_reduce(tensor)
         return tensor.div_(self.copies) if self.copies > 1 else tensor
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            with self._together():
+                dist.barrier()
 
     def agree(self, flag: int) -> int:
         """The largest `flag` of all ranks."""
         if self.size == 1:
             return flag
         tensor = torch.tensor([flag], device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        with self._together():
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return int(tensor.item())
 
     def require_same(self, facts: Mapping[str, Any]) -> None:
@@ -78,7 +81,8 @@ class World:
         if self.size == 1:
             return
         every: list[dict[str, Any]] = [{}] * self.size
-        dist.all_gather_object(every, dict(facts))
+        with self._together():
+            dist.all_gather_object(every, dict(facts))
         names = dict.fromkeys(name for record in every for name in record)
         differing = [name for name in names if any(record.get(name) != every[0].get(name) for record in every)]
         if differing:
@@ -91,8 +95,21 @@ class World:
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Rank 0's tensor, in place."""
         if self.size > 1:
-            dist.broadcast(tensor, src=0)
+            with self._together():
+                dist.broadcast(tensor, src=0)
         return tensor
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """A collective of the trainer: when a peer is gone, torch says which connection broke and not what to do."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:160]
+            raise DispatchTimeout(
+                f"rank {self.rank} lost another rank while they exchanged results of a step ({reason}); see that "
+                "rank's log, then restart the job with --resume auto"
+            ) from error
 
 
 def plan_layout(config: TrainConfig) -> Layout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,8 @@ def _state(seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def _save(folder: Path, step: int, *, keep: int = 2) -> Path:
-    local = {"rng": torch.arange(step, step + 3, dtype=torch.uint8)}
+def _save(folder: Path, step: int, *, keep: int = 2, own_bytes: int = 3) -> Path:
+    local = {"rng": (torch.arange(step, step + own_bytes) % 256).to(torch.uint8)}
     return checkpoint.save(folder, _state(step), local=local, step=step, layout=Layout(), data="d", keep=keep)
 
 
@@ -119,9 +120,23 @@ def test_a_save_that_fails_leaves_the_previous_one_and_is_cleaned_up(
             _save(tmp_path, 2)
     assert checkpoint.checkpoints(tmp_path) == [first]
     assert torch.equal(_load(first)[1]["model.w"], _state(1)["model.w"])
-    assert [path.name for path in tmp_path.glob(".writing-*")]
-    _save(tmp_path, 3)
     assert not list(tmp_path.glob(".writing-*"))
+    _save(tmp_path, 3)
+
+
+@pytest.mark.parametrize(("limit", "own_bytes"), [(100, 3), (30_000, 60_000)], ids=["shard", "local"])
+def test_a_disk_that_refuses_is_one_sentence(tmp_path: Path, limit: int, own_bytes: int) -> None:
+    """DCP wraps the error in a BaseException with a traceback inside, safetensors in its own."""
+    first = _save(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"step_00000002 was not saved: .*File too large.*; make room") as caught:
+            _save(tmp_path, 2, own_bytes=own_bytes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(caught.value)
+    assert checkpoint.checkpoints(tmp_path) == [first] and not list(tmp_path.glob(".writing-*"))
 
 
 def _raise_disk_full(*_: object) -> None:
