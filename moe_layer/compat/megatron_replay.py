@@ -33,8 +33,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_layer.errors import RoutingError
-from moe_layer.replay.decision import WIDE_UNSIGNED
 from moe_layer.replay.session import find_routers
+from moe_layer.replay.spec import WIDE_UNSIGNED
 from moe_layer.replay.tap import NotCopied, Routed, is_recomputing
 from moe_layer.types import RoutingDecision
 

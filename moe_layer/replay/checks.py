@@ -86,16 +86,16 @@ def check_values(trace: RoutingTrace, *, complete: bool = False, chunk: int = 1 
 
 
 def _check_rows(spec: TraceSpec, ids: Tensor, bits: Tensor, weights: Tensor | None, start: int, complete: bool) -> None:
-    mask = unpack_bits(bits, spec.top_k)
     used = spec.top_k % 8
     if used and bool((bits[..., -1] >> used).any()):
         raise TraceError(f"valid has bits set beyond top_k ({spec.top_k}); the bitmap is damaged or has another top_k")
-    wide = ids.to(torch.int64)
-    bad = mask & ((wide < 0) | (wide >= spec.num_experts))
-    if bool(bad.any()):
+    mask = unpack_bits(bits, spec.top_k)
+    known = ids if bool(mask.all()) else torch.where(mask, ids, 0)
+    if known.numel() and (int(known.min()) < 0 or int(known.max()) >= spec.num_experts):
+        bad = (known < 0) | (known.to(torch.int64) >= spec.num_experts)
         at = _where(bad, spec, start)
         raise TraceError(
-            f"{int(bad.sum())} ids lie outside [0, {spec.num_experts}), the first is {int(wide[bad][0])} at {at}; "
+            f"{int(bad.sum())} ids lie outside [0, {spec.num_experts}), the first is {int(known[bad][0])} at {at}; "
             "mark missing slots in the validity bitmap and record logical, routed-only ids"
         )
     if complete and not bool(mask.all()):
@@ -104,9 +104,7 @@ def _check_rows(spec: TraceSpec, ids: Tensor, bits: Tensor, weights: Tensor | No
             "missing slots "
             "are forbidden here; record them, or allow missing slots"
         )
-    distinct = torch.where(mask, wide, -1 - torch.arange(spec.top_k))
-    ordered = distinct.sort(dim=-1).values
-    repeated = (ordered[..., 1:] == ordered[..., :-1]).any(-1)
+    repeated = _repeated(ids, mask)
     if bool(repeated.any()):
         at = _where(repeated.unsqueeze(-1), spec, start)
         raise TraceError(
@@ -117,6 +115,20 @@ def _check_rows(spec: TraceSpec, ids: Tensor, bits: Tensor, weights: Tensor | No
     if weights is not None and not bool((torch.isfinite(weights) | ~mask).all()):
         at = _where(~torch.isfinite(weights) & mask, spec, start)
         raise TraceError(f"recorded weights are NaN or infinite, the first at {at}; record again, or drop the weights")
+
+
+def _repeated(ids_NLK: Tensor, mask_NLK: Tensor) -> Tensor:
+    """bool `[N, L]`: rows with one expert in two slots. Slots are compared in pairs, in the narrow dtype: a sort of
+    ids that may be missing takes ten times as long."""
+    ids_KNL = ids_NLK.movedim(2, 0).contiguous()
+    mask_KNL = None if bool(mask_NLK.all()) else mask_NLK.movedim(2, 0).contiguous()
+    repeated_NL = torch.zeros(ids_NLK.shape[:2], dtype=torch.bool)
+    for slot in range(1, len(ids_KNL)):
+        same = ids_KNL[:slot] == ids_KNL[slot]
+        if mask_KNL is not None:
+            same &= mask_KNL[:slot] & mask_KNL[slot]
+        repeated_NL |= same.any(0)
+    return repeated_NL
 
 
 def _where(hits: Tensor, spec: TraceSpec, start: int) -> str:

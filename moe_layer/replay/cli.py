@@ -39,8 +39,8 @@ def _inspect(args: argparse.Namespace) -> int:
 
     trace = RoutingTrace.open(args.trace)
     spec, lengths = trace.spec, trace.lengths
-    recorded = unpack_bits(trace.valid, spec.top_k)
-    missing = 1 - recorded.float().mean().item() if recorded.numel() else 0.0
+    recorded = sum(int(unpack_bits(part, spec.top_k).sum()) for part in trace.valid.split(1 << 14))
+    missing = 1 - recorded / max(1, trace.ids.numel()) if trace.num_tokens else 0.0
     versions = "not recorded"
     if trace.weights_version is not None:
         versions = ", ".join(str(v) for v in trace.weights_version.unique().tolist()[:8])

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from moe_layer.errors import RoutingError
+from moe_layer.replay.spec import WIDE_UNSIGNED
 from moe_layer.types import RoutingDecision
-
-WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
-"""Dtypes that torch can store and convert, but hardly compute with."""
 
 
 def as_decision(

@@ -124,7 +124,7 @@ class Recording:
             TraceError: maps or boundaries that do not fit, or ids that are no trace.
         """
         self._wait()
-        ids_NLK, weights_NLK = self._rows()
+        ids_NLK, weights_NLK = self._rows(sparse=token_index is not None)
         if token_index is not None:
             ids_NLK, weights_NLK = _scatter(ids_NLK, weights_NLK, token_index, num_tokens)
         return RoutingTrace.from_ids(
@@ -138,15 +138,27 @@ class Recording:
             notes=notes,
         )
 
-    def _rows(self) -> tuple[Tensor, Tensor | None]:
-        """int32 `[N, L, K]`, -1 in rows that were not routed, and weights."""
+    def _rows(self, *, sparse: bool) -> tuple[Tensor, Tensor | None]:
+        """`[N, L, K]` ids, -1 in rows that were not routed, and weights.
+
+        Ids stay in the trace's dtype where none is -1, nor will be (`sparse`): all of a rollout is here at once.
+        """
         self._check_calls()
-        ids, weights = [], []
-        for calls in self._calls:
-            ids.append(torch.cat([_masked(call[0], call[2]) for call in calls]))
-            if self._keeps_weights:
-                weights.append(torch.cat([call[1] for call in calls if call[1] is not None]))
-        return torch.stack(ids, dim=1), torch.stack(weights, dim=1) if weights else None
+        masked = sparse or any(valid is not None for calls in self._calls for _, _, valid in calls)
+        dtype = self.spec.dtype
+        if masked:
+            dtype = torch.int16 if dtype == torch.uint8 else torch.int32
+        N, shape = sum(call[0].shape[0] for call in self._calls[0]), (len(self._calls), self.spec.top_k)
+        ids_NLK = torch.empty(N, *shape, dtype=dtype)
+        weights_NLK = torch.empty(N, *shape) if self._keeps_weights else None
+        for layer, calls in enumerate(self._calls):
+            start = 0
+            for ids_TK, weights_TK, valid_T in calls:
+                rows = slice(start, start := start + ids_TK.shape[0])
+                ids_NLK[rows, layer] = _masked(ids_TK.to(dtype), valid_T)
+                if weights_NLK is not None and weights_TK is not None:
+                    weights_NLK[rows, layer] = weights_TK
+        return ids_NLK, weights_NLK
 
 
 class StaticRecording(Recording):
@@ -211,8 +223,7 @@ class _PinnedMemory:
 
 
 def _masked(ids_TK: Tensor, valid_T: Tensor | None) -> Tensor:
-    wide = ids_TK.to(torch.int32)
-    return wide if valid_T is None else torch.where(valid_T.unsqueeze(1), wide, -1)
+    return ids_TK if valid_T is None else torch.where(valid_T.unsqueeze(1), ids_TK, -1)
 
 
 def _scatter(
@@ -231,7 +242,7 @@ def _scatter(
     target = index[kept]
     if target.unique().numel() != target.numel():
         raise TraceError("token_index names a row of the trace twice; every token is recorded once")
-    out = torch.full((total, *ids.shape[1:]), -1, dtype=torch.int32)
+    out = torch.full((total, *ids.shape[1:]), -1, dtype=ids.dtype)
     out[target] = ids[kept]
     if weights is None:
         return out, None

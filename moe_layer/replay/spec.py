@@ -14,6 +14,9 @@ from torch import Tensor
 
 from moe_layer.errors import TraceError
 
+WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+"""Dtypes that torch can store and convert, but hardly compute with."""
+
 
 @dataclass(frozen=True)
 class TraceSpec:
@@ -110,8 +113,8 @@ def pack_bits(mask: Tensor) -> Tensor:
     top_k = mask.shape[-1]
     width = -(-top_k // 8)
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, width * 8 - top_k))
-    weights = 2 ** torch.arange(8, device=mask.device, dtype=torch.int32)
-    return (padded.view(*mask.shape[:-1], width, 8) * weights).sum(-1).to(torch.uint8)
+    weights = 1 << torch.arange(8, device=mask.device, dtype=torch.uint8)
+    return (padded.view(*mask.shape[:-1], width, 8) * weights).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(bits: Tensor, top_k: int) -> Tensor:

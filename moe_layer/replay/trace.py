@@ -18,7 +18,15 @@ from torch import Tensor
 from moe_layer.errors import TraceError
 from moe_layer.replay.checks import check_columns, check_structure, check_values
 from moe_layer.replay.plan import RoutingPlan, make_plan
-from moe_layer.replay.spec import TraceSpec, integer_tensor, layer_names, pack_bits, token_checks, unpack_bits
+from moe_layer.replay.spec import (
+    WIDE_UNSIGNED,
+    TraceSpec,
+    integer_tensor,
+    layer_names,
+    pack_bits,
+    token_checks,
+    unpack_bits,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,10 +87,12 @@ class RoutingTrace:
         if integer_tensor(ids, "ids").ndim != 3:
             raise TraceError(f"ids must be integers [rows, layers, top_k], got {ids.dtype} {tuple(ids.shape)}")
         spec = TraceSpec(num_experts, ids.shape[2], layer_names(layers))
-        wide = ids.detach().cpu().to(torch.int64)
-        if wide.numel() and (int(wide.min()) < -1 or int(wide.max()) >= num_experts):
+        host = ids.detach().cpu()
+        host = host.to(torch.int64) if host.dtype in WIDE_UNSIGNED else host
+        low, high = (int(host.min()), int(host.max())) if host.numel() else (0, 0)
+        if low < -1 or high >= num_experts:
             raise TraceError(
-                f"ids run from {int(wide.min())} to {int(wide.max())} and must lie in [0, {num_experts}), or be "
+                f"ids run from {low} to {high} and must lie in [0, {num_experts}), or be "
                 "-1 for a "
                 "missing slot; record logical, routed-only ids"
             )
@@ -95,8 +105,8 @@ class RoutingTrace:
             )
         trace = cls(
             spec=spec,
-            ids=wide.clamp(min=0).to(spec.dtype),
-            valid=pack_bits(wide >= 0),
+            ids=torch.empty(host.shape, dtype=spec.dtype).copy_(host if low >= 0 else host.clamp(min=0)),
+            valid=pack_bits(host >= 0),
             cu_seqlens=bounds,
             weights=None if weights is None else weights.detach().cpu().to(torch.float32).contiguous(),
             weights_version=version,
@@ -151,9 +161,10 @@ class RoutingTrace:
         starts = torch.repeat_interleave(self.cu_seqlens[:-1], self.cu_seqlens.diff())
         return torch.arange(self.num_tokens) - starts + self.first_position
 
-    def wide_ids(self) -> Tensor:
-        """int32 `[N, L, K]` with -1 for missing slots."""
-        return torch.where(unpack_bits(self.valid, self.spec.top_k), self.ids.to(torch.int32), -1)
+    def wide_ids(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """int32 `[N, L, K]` with -1 for missing slots, of rows `[start, stop)`."""
+        rows = slice(start, stop)
+        return torch.where(unpack_bits(self.valid[rows], self.spec.top_k), self.ids[rows].to(torch.int32), -1)
 
     def validate(self, *, complete: bool = False) -> None:
         """Check every row; `complete` also forbids missing slots.

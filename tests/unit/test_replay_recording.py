@@ -192,6 +192,24 @@ def test_a_capture_takes_neither_calls_nor_commits(monkeypatch: pytest.MonkeyPat
         model(batch())
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_the_last_expert_of_a_byte_is_no_missing_slot(static: bool) -> None:
+    """256 experts: 255 and -1 stay apart, with masks, with a map, and with neither."""
+    layer = make_model(experts=256).blocks[0].moe
+    x, valid = torch.randn(4, D), torch.tensor([True, False, True, True])
+    ids = torch.tensor([[255, 0], [1, 2], [254, 255], [3, 255]])
+    masked = torch.where(valid.unsqueeze(1), ids, -1)
+    with RoutingSession(layer) as session:
+        for mask, expected in ((None, ids), (valid, masked)):
+            with session.record(max_tokens=4 if static else None) as recording:
+                layer(x, valid=mask, replay=ids)
+                if static:
+                    recording.commit(4)
+            assert torch.equal(recording.trace().wide_ids()[:, 0], expected.int())
+            moved = recording.trace(torch.tensor([4, 2, -1, 0])).wide_ids()[:, 0]
+            assert torch.equal(moved[[4, 2, 0]], expected[[0, 1, 3]].int()) and bool((moved[[1, 3]] == -1).all())
+
+
 def test_static_recording_of_masks_that_come_and_go() -> None:
     """A row that was padding in one launch and a token in the next is recorded in the next."""
     layer = make_model().blocks[0].moe

@@ -16,6 +16,7 @@ from moe_layer.cli import main
 from moe_layer.compat.megatron_replay import RouterReplay, RouterReplayAction
 from moe_layer.compat.mojo_opset import MojoMoE
 from moe_layer.config import ReplayConfig
+from moe_layer.replay import compare
 from tests.unit.replay_models import LAYERS, D, E, K, T, assert_same, grads, make_model, make_trace, random_ids
 
 RECORD, FORWARD, BACKWARD = RouterReplayAction
@@ -294,6 +295,32 @@ def test_inspect_and_validate(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     RoutingTrace.from_ids(ids, num_experts=E, layers=LAYERS).save(path)
     assert main(["replay", "validate", str(path)]) == 0
     assert main(["replay", "validate", "--complete", str(path)]) == 2
+
+
+@pytest.mark.parametrize("by", [0, 1, -2])
+def test_differences_of_traces_against_loops(by: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunk by chunk, with missing slots."""
+    monkeypatch.setattr(compare, "CHUNK", 7)
+    pair = []
+    for seed in range(2):
+        ids = random_ids(40, top_k=3, seed=seed)
+        ids[:9] = random_ids(9, top_k=3).flip(2) if seed else ids[:9]  # the same experts in another order
+        ids[torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < 0.03] = -1
+        pair.append(RoutingTrace.from_ids(ids, num_experts=E, layers=LAYERS))
+    first, second = (trace.wide_ids().tolist() for trace in pair)
+    both = list(zip(first[max(by, 0) :], second[max(-by, 0) :], strict=False))
+    calls = [[(a, b) for a, b in zip(*token, strict=True) if min(a + b) >= 0] for token in both]
+    rows = [call for token in calls for call in token]
+    found = compare._difference(*pair, by=by)
+    assert found.rows == len(rows) and 0 < found.mismatch < 1
+    assert found.mismatch == pytest.approx(sum(set(a) != set(b) for a, b in rows) / len(rows))
+    assert found.order_only == pytest.approx(sum(set(a) == set(b) and a != b for a, b in rows) / len(rows))
+    assert found.overlap == pytest.approx(sum(len(set(a) & set(b)) for a, b in rows) / len(rows) / 3)
+    assert found.zero_overlap == pytest.approx(sum(not set(a) & set(b) for a, b in rows) / len(rows))
+    tokens = [token for token in calls if token]
+    assert found.token_mismatch == pytest.approx(
+        sum(any(set(a) != set(b) for a, b in token) for token in tokens) / len(tokens)
+    )
 
 
 def test_splice_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from moe_layer import RoutingTrace, TraceError
 from moe_layer.replay import index_map
+from moe_layer.replay.checks import _repeated
 from moe_layer.replay.spec import TraceSpec, id_dtype, pack_bits, unpack_bits
 from tests.unit.replay_models import LAYERS, E, K, T, make_trace, random_ids
 
@@ -260,6 +262,29 @@ def test_damage_is_refused(case: str, tmp_path: Path) -> None:
     act, text = DAMAGE[case]
     with pytest.raises(TraceError, match=text):
         act(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("experts", [9, 300, 40_000])
+@pytest.mark.parametrize("top_k", [1, 2, 9])
+def test_repeated_experts_against_sets(top_k: int, experts: int) -> None:
+    """In every storage dtype; a missing slot is no expert, whatever number it holds."""
+    g = torch.Generator().manual_seed(top_k)
+    ids = torch.randint(0, experts, (300, 2, top_k), generator=g)
+    ids[:200, :, ::2] = ids[:200, :, :1].clone()
+    mask = torch.rand(ids.shape, generator=g) < torch.rand(300, 1, 1, generator=g)
+    found = _repeated(ids.to(id_dtype(experts)), mask)
+    for row, layer in itertools.product(range(300), range(2)):
+        known = ids[row, layer][mask[row, layer]].tolist()
+        assert bool(found[row, layer]) == (len(set(known)) < len(known))
+
+
+def test_a_trace_is_no_view_of_the_ids() -> None:
+    ids = random_ids().to(torch.uint8)
+    trace = _build(ids)
+    expected = trace.wide_ids()
+    ids.zero_()
+    assert torch.equal(trace.wide_ids(), expected)
+    assert torch.equal(trace.wide_ids(3, 7), expected[3:7])
 
 
 def test_flipping_any_bit_of_a_file_is_noticed(tmp_path: Path) -> None:
