@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -304,7 +305,8 @@ def bits_case(context: ParallelContext, device: str, push: str, *, large: bool) 
 
 
 def handles_case(context: ParallelContext, device: str, push: str) -> str:
-    """Two micro-batches in flight, received in the other order; their backwards in both orders."""
+    """Two micro-batches in flight, received in the other order; their backwards in both orders. Two that
+    nobody receives give their slots back."""
     E, K, D = 8, 3, 64
     scale_E = torch.linspace(0.5, 2.0, E, device=device)
     dispatcher = make_dispatcher(_config(deadline_s=10.0, push=push), num_experts=E, top_k=K, context=context)
@@ -328,6 +330,11 @@ def handles_case(context: ParallelContext, device: str, push: str) -> str:
             assert torch.equal(y, ys[i]) and torch.equal(x.grad, xs[i].grad)
     with pytest.raises(CapacityError, match="ring_depth"):
         _ = [dispatcher.dispatch_send(xs[0], routings[0]) for _ in range(3)]
+    gc.collect()
+    with torch.no_grad():
+        for i in (0, 1, 0):
+            one = dispatcher.dispatch(xs[i], routings[i])
+            assert torch.equal(dispatcher.combine(_experts(one, scale_E), one), ys[i])
     return "two orders"
 
 

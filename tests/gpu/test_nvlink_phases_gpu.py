@@ -46,13 +46,29 @@ def _play(case: Case, config: DispatchConfig, ranks: int, turns: int = 1) -> Res
 
 @pytest.mark.parametrize("rows", ["expert_major", "compact"])
 @pytest.mark.parametrize(
-    "keys", [{}, {"push": "dense"}, {"apply_probs": "combine"}, {"capacity": "static", "static_factor": 3.0}]
+    "keys",
+    [
+        {},
+        {"push": "dense"},
+        {"apply_probs": "combine"},
+        {"apply_probs": "source"},
+        {"capacity": "static", "static_factor": 3.0},
+    ],
 )
 def test_small(rows: str, keys: dict[str, Any]) -> None:
     """Two ranks, forward and backward twice through the same slots."""
     case = _on(make_case(2, T=13, D=16, E=8, K=3), "cuda")
     want = run_case(case, DispatchConfig(apply_probs=keys.get("apply_probs", "activation")))
     assert_same_bits(_play(case, config_for("nvlink", rows=rows, **keys), 2, turns=2), _cpu(want))
+
+
+@pytest.mark.parametrize("push", ["slots", "dense"])
+def test_small_fp8(push: str) -> None:
+    """Encoded by the push (slots) or before it (dense)."""
+    case = _on(make_case(3, T=13, D=128, E=8, K=3, dtype=torch.bfloat16), "cuda")
+    keys = {"dispatch_format": "fp8_1x128", "combine_format": "fp32"}
+    want = run_case(case, DispatchConfig(**keys))
+    assert_same_bits(_play(case, config_for("nvlink", push=push, **keys), 2, turns=2), _cpu(want))
 
 
 @pytest.mark.parametrize("name", ["one slot", "every expert", "nothing", "no token", "the same expert twice"])
