@@ -5,7 +5,7 @@ L layers, T tokens of the micro-batch, K top-k, B = ceil(K/8).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -74,7 +74,7 @@ def make_plan(
     trace: RoutingTrace,
     token_index: Tensor | None,
     *,
-    layers: Sequence[str] | None,
+    layers: Sequence[str] | Mapping[str, str] | None,
     device: torch.device | str,
     tokens: Tensor | None,
     allow_missing: bool,
@@ -86,7 +86,8 @@ def make_plan(
     names = trace.spec.layers if layers is None else layer_names(layers)
     if not names:
         raise TraceError("layers is empty; name the layers that this stage replays, or do not replay")
-    at = torch.tensor(trace.spec.positions(names))
+    recorded = list(layers.values()) if isinstance(layers, Mapping) else names
+    at = torch.tensor(trace.spec.positions(recorded))
 
     def take(tensor: Tensor) -> Tensor:
         # Of a trace without rows every token is a pad.

@@ -5,7 +5,7 @@ N rows (tokens), L layers, K top-k, E experts, B = ceil(K/8) bytes of validity.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,13 +75,13 @@ class TraceSpec:
         if unknown:
             raise TraceError(
                 f"the trace has no layers {unknown[:4]} ({len(unknown)} of {len(layers)} are unknown); it has "
-                f"{list(self.layers[:4])}{' ...' if len(self.layers) > 4 else ''}; record this model, rename the "
-                f"layers, or exclude them from the session"
+                f"{list(self.layers[:4])}{' ...' if len(self.layers) > 4 else ''}; record this model, exclude "
+                f"them from the session, or pass plan(layers=...) a mapping from the session's names to the trace's"
             )
         return [self.layers.index(name) for name in layers]
 
 
-def layer_names(layers: Sequence[str]) -> tuple[str, ...]:
+def layer_names(layers: Iterable[str]) -> tuple[str, ...]:
     """Of a list of module paths; one string would be taken for a list of letters."""
     if isinstance(layers, str):
         raise TraceError(f"layers must be a list of module paths, got the string {layers!r}; put it into a list")

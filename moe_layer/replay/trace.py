@@ -306,7 +306,7 @@ class RoutingTrace:
         self,
         token_index: Tensor | None = None,
         *,
-        layers: Sequence[str] | None = None,
+        layers: Sequence[str] | Mapping[str, str] | None = None,
         device: torch.device | str = "cpu",
         tokens: Tensor | None = None,
         allow_missing: bool = True,
@@ -316,7 +316,8 @@ class RoutingTrace:
         Args:
             token_index: integer, any shape; row of the trace for each token of the micro-batch, -1 = pad or unknown.
                 Default: all rows in order. See `moe_layer.replay.index_map`.
-            layers: those of the session (a pipeline stage has some). device: of the model.
+            layers: those of the session (a pipeline stage has some); where the trace has other names for them, a
+                mapping from the session's to the trace's. device: of the model.
             tokens: the micro-batch's token ids, same shape as `token_index`; compared with the recorded ones.
             allow_missing: False refuses rows or slots without ids (pads excepted).
 

@@ -402,6 +402,17 @@ def test_plan_follows_the_index() -> None:
     assert trace.plan().valid is None, "a complete plan needs no bitmap"
 
 
+def test_plan_of_a_stage_with_its_own_numbers() -> None:
+    """The last stage calls the trace's second layer its first."""
+    trace = make_trace()
+    plan = trace.plan(layers={"stage.0.moe": LAYERS[1], "stage.1.moe": LAYERS[0]})
+    assert plan.spec.layers == ("stage.0.moe", "stage.1.moe")
+    for layer, recorded in enumerate((1, 0)):
+        assert torch.equal(plan.decision(layer).ids.int(), trace.wide_ids()[:, recorded])
+    with pytest.raises(TraceError, match=r"no layers \['b'\] .* a mapping from the session's names"):
+        trace.plan(layers={"a": LAYERS[0], "c": "b"})
+
+
 def test_tokens_are_compared_in_any_layout() -> None:
     tokens = torch.randint(0, 50, (T,), generator=torch.Generator().manual_seed(9))
     trace = make_trace(token_ids=tokens, cu_seqlens=[0, 5, T])
