@@ -142,17 +142,19 @@ def _read_npz(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             arrays = {name: file[name] for name in file.files}
         header = json.loads(arrays.pop("header").tobytes())
         return header, {name: torch.from_numpy(array) for name, array in arrays.items()}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+        # RuntimeError: zipfile takes a changed header for encryption, or for a method of compression it lacks
         raise TraceError(f"{path} is truncated or no npz trace ({error}); copy or record it again") from error
 
 
-def _check_header(path: Path, header: dict[str, Any]) -> None:
-    if header.get("format") != FORMAT or "facts" not in header or "sha256" not in header:
+def _check_header(path: Path, header: object) -> None:
+    found = header if isinstance(header, dict) else {}
+    texts = all(isinstance(found.get(name), str) for name in ("format", "facts", "sha256"))
+    if not texts or found["format"] != FORMAT:
+        raise TraceError(f"{path} is not a routing trace (format {found.get('format')!r}); pass a file written by save")
+    version = found.get("version")
+    if version != str(VERSION):
         raise TraceError(
-            f"{path} is not a routing trace (format {header.get('format')!r}); pass a file written by save"
-        )
-    if header.get("version") != str(VERSION):
-        raise TraceError(
-            f"{path} has trace format version {header.get('version')}, this package reads {VERSION}; "
+            f"{path} has trace format version {version}, this package reads {VERSION}; "
             "upgrade moe_layer, or save the trace with a matching version"
         )

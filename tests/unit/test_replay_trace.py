@@ -154,6 +154,26 @@ def _slot(slot: int) -> torch.Tensor:
     return torch.full(IDS.shape, -1).index_fill(2, torch.tensor(slot), 5)
 
 
+def _npz(path: Path, header: object, **tensors: np.ndarray) -> RoutingTrace:
+    """A foreign npz file."""
+    arrays = {"ids": np.zeros((1, 1, 1), np.uint8), "valid": np.ones((1, 1, 1), np.uint8)}
+    arrays |= {"cu_seqlens": np.array([0, 1]), **tensors}
+    text = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
+    np.savez(path.with_suffix(".npz"), header=text, **arrays)  # type: ignore[arg-type]
+    return RoutingTrace.open(path.with_suffix(".npz"))
+
+
+def _encrypted(path: Path) -> RoutingTrace:
+    """One bit in a zip directory says so."""
+    make_trace().save(path.with_suffix(".npz"))
+    data = bytearray(path.with_suffix(".npz").read_bytes())
+    data[data.rindex(b"PK\x01\x02") + 8] |= 1
+    path.with_suffix(".npz").write_bytes(bytes(data))
+    return RoutingTrace.open(path.with_suffix(".npz"))
+
+
+HEADER = {"format": "moe-routing-trace", "version": "1", "facts": "{}", "sha256": ""}
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "id too large": (lambda p: _build(IDS + 1), r"must lie in \[0, 8\)"),
     "id below -1": (lambda p: _build(IDS - 3), "or be -1 for a missing slot"),
@@ -192,6 +212,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda p: _cut(p, 0.9), "truncated"),
     "truncated header": (lambda p: _cut(p, 0.01), "truncated"),
     "truncated npz": (lambda p: _cut(p.with_suffix(".npz"), 0.7), "truncated"),
+    "encrypted npz": (_encrypted, "truncated or no npz trace .*encrypted"),
+    "header of a list": (lambda p: _npz(p, [1]), r"is not a routing trace \(format None\)"),
+    "header of other types": (lambda p: _npz(p, HEADER | {"facts": 5}), "is not a routing trace"),
+    "tensor of text": (lambda p: _npz(p, HEADER, ids=np.array(["a"])), "truncated or no npz trace"),
     "empty file": (lambda p: _write(p, b""), "truncated"),
     "another file": (lambda p: _write(p, b"PK\x03\x04 no trace" * 9), "no safetensors file"),
     "another safetensors": (lambda p: _tampered(p, lambda t, h: h.clear()), "is not a routing trace"),
