@@ -1,19 +1,24 @@
 """The MoE layer in somebody's own model: a tiny autoregressive byte model, trained on this file.
 
     python examples/own_model.py
+    torchrun --nproc-per-node 2 examples/own_model.py       # each rank half of the experts and half of every batch
 
-What the layer asks of a training loop is marked (1) to (4).
+What the layer asks of a training loop is marked (1) to (4), and of one with several ranks (a) to (d).
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 
-from moe_layer import MoELayer, load_config
+from moe_layer import MoELayer, load_config, parallelize
+from moe_layer.parallel import clip_grad_norm, sync_gradients
 
 CONFIG = [
     "hidden_size=64",
@@ -54,20 +59,24 @@ class ByteModel(nn.Module):
         return self.head(self.blocks(self.embed(text_BS)))
 
 
-def train(steps: int = 60, *, seed: int = 0) -> list[float]:
+def train(steps: int = 60, *, seed: int = 0, rank: int = 0, ranks: int = 1) -> list[float]:
     """Losses in nats a byte, one for each step."""
     torch.manual_seed(seed)
     text = torch.tensor(list(Path(__file__).read_bytes()))
     model = ByteModel()
+    if ranks > 1:  # (a) before the optimizer, which must see the parameters that the ranks keep
+        context = parallelize(model, init_device_mesh("cpu", (1, ranks), mesh_dim_names=("dp", "ep")))
     layers = [module for module in model.modules() if isinstance(module, MoELayer)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(steps):
-        starts = torch.randint(len(text) - 65, (16,)).tolist()
+        starts = torch.randint(len(text) - 65, (16,)).tolist()[rank::ranks]  # (b) every rank its own data
         batch_BS = torch.stack([text[start : start + 65] for start in starts])
         loss = F.cross_entropy(model(batch_BS[:, :-1]).flatten(0, 1), batch_BS[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()  # (2) the balancing losses are already in the graph
+        sync_gradients(model)  # (c) mean over the ranks, experts in their own way; nothing to do on one
+        clip_grad_norm(model, 1.0)  # torch's would count a rank's experts alone
         for layer in layers:
             layer.check()  # (3) before the step: raises what device code could only record
         optimizer.step()
@@ -76,10 +85,22 @@ def train(steps: int = 60, *, seed: int = 0) -> list[float]:
         losses.append(loss.item())
     for index, layer in enumerate(layers):
         load = layer.collect_stats()["load"].tolist()
-        print(f"layer {index}: slots per expert {load}")
+        print(f"rank {rank}, layer {index}: slots per expert {load}")
+    if ranks > 1:
+        context.close()  # (d)
     return losses
 
 
+def main() -> None:
+    """On one rank, or on torchrun's."""
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        dist.init_process_group("gloo")
+    history = train(rank=rank, ranks=ranks)
+    print(f"rank {rank}: loss {history[0]:.2f} -> {history[-1]:.2f} nats a byte")
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
 if __name__ == "__main__":
-    history = train()
-    print(f"loss {history[0]:.2f} -> {history[-1]:.2f} nats a byte")
+    main()

@@ -9,10 +9,12 @@ T tokens, D hidden, E experts, K top-k, S sequences.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_layer import losses, stats
@@ -33,8 +35,6 @@ from moe_layer.stats import EVENT_NAMES, LOG_NAMES
 from moe_layer.types import Routing, RoutingDecision
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
-
     from moe_layer.parallel.context import ParallelContext
 
 _FP32_BUFFERS = ("expert_bias", "loss_scale", "log_sums")
@@ -373,6 +373,13 @@ class Router(nn.Module):
         self.aux_history.zero_()
         if self.expert_bias is None or not self.training:
             return
+        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if self.context is None and ranks > 1:
+            warnings.warn(
+                f"update_bias() sees the tokens of this rank alone, of {ranks}, so expert_bias will differ between "
+                "ranks; call moe_layer.parallelize(model, mesh) first (with ep 1 beside DDP or FSDP)",
+                stacklevel=3,
+            )
         cfg = self.config.balance
         load_E = self.tokens_per_expert - self.balanced_until
         self.balanced_until.copy_(self.tokens_per_expert)

@@ -57,7 +57,7 @@ class Link:
     def check(self) -> None:
         """Raise DispatchTimeout when the group is unusable."""
         if self.context.failure is not None:
-            raise DispatchTimeout(f"the EP group is unusable since a failure at {self.context.failure}")
+            raise DispatchTimeout(f"the EP group is unusable since {self.context.failure}")
 
     def exchange_headers(self, at: Position, *, tokens: int, rows_R: Sequence[int], row_bytes: int) -> list[list[int]]:
         """Tell every rank how many rows it gets; returns `(tokens, rows)` of every source rank.

@@ -209,7 +209,8 @@ class Experts(nn.Module):
         if rows.ndim != 2 or rows.shape[1] != self.hidden_size or num_local != matrix.shape[0]:
             raise ValueError(
                 f"received.rows is {tuple(rows.shape)} for {num_local} experts, but this module has {matrix.shape[0]} "
-                f"experts of hidden_size {self.hidden_size}; build dispatcher and experts from one config"
+                f"experts of hidden_size {self.hidden_size}; build dispatcher and experts from one config, and bind a "
+                "copy of a parallelized layer: copy.bind(layer.router.context)"
             )
         if torch.is_autocast_enabled(rows.device.type):
             return torch.get_autocast_dtype(rows.device.type)

@@ -3,7 +3,7 @@ dp*ep."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from moe_layer.errors import ConfigError
 from moe_layer.parallel import compat
 from moe_layer.parallel.context import ParallelContext
-from moe_layer.parallel.shard import expert_parameters, local_tensor, moe_layers
+from moe_layer.parallel.shard import ParallelLayer, expert_parameters, local_tensor, moe_layers
 
 _BUCKET = 1 << 25  # elements of one all-reduce
 
@@ -33,7 +33,8 @@ def sync_gradients(model: nn.Module) -> None:
     shards (`moe_layer.parallel.fsdp.shard_rest`) were averaged by it in backward. Also moves `context.step` on.
 
     Raises:
-        ConfigError: FSDP shards parameters over other ranks than the mesh of `parallelize`.
+        ConfigError: FSDP shards parameters over other ranks than the mesh of `parallelize`, or experts that
+            `parallelize` has sharded.
     """
     context = context_of(model)
     if context is None:
@@ -41,7 +42,7 @@ def sync_gradients(model: nn.Module) -> None:
     routed: set[int] = set()
     whole: list[Tensor] = []
     replicated: list[Tensor] = []
-    for layer, parameter in expert_parameters(model):
+    for layer, parameter in _own_experts(model, context):
         if parameter.requires_grad and id(parameter) not in routed:
             target = replicated if layer.config.dispatch.backend == "replicated" else whole
             target.append(_gradient(parameter))
@@ -68,12 +69,12 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
         The norm before clipping, 0-d fp32.
 
     Raises:
-        ConfigError: `max_norm` is not positive.
+        ConfigError: `max_norm` is not positive, or FSDP shards experts that `parallelize` has sharded.
     """
     if not max_norm > 0:
         raise ConfigError(f"max_norm must be positive, got {max_norm}; use inf to measure only")
     context = context_of(model)
-    routed = {id(parameter) for _, parameter in expert_parameters(model)}
+    routed = {id(parameter) for _, parameter in _own_experts(model, context)}
     parameters = [p for p in model.parameters() if p.requires_grad and _has_gradient(p)]
     dense = [_gradient(p) for p in parameters if id(p) not in routed and not isinstance(p, DTensor)]
     sharded = [p for p in parameters if id(p) not in routed and isinstance(p, DTensor)]
@@ -87,6 +88,24 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     for gradient in (*dense, *experts, *map(_gradient, sharded)):
         gradient.mul_(factor.to(gradient.dtype))
     return norm.float()
+
+
+def _own_experts(model: nn.Module, context: ParallelContext | None) -> Iterator[tuple[ParallelLayer, nn.Parameter]]:
+    """Experts' parameters without those that FSDP shards (where `parallelize` does not): it treats them as dense.
+
+    Raises:
+        ConfigError: both shard them.
+    """
+    for layer, parameter in expert_parameters(model):
+        if not isinstance(parameter, DTensor):
+            yield layer, parameter
+        elif context is not None and context.ep_size > 1:
+            if parameter.device_mesh.ndim > 1:
+                raise ConfigError(
+                    f"experts are sharded by FSDP too, over {parameter.device_mesh}; leave them to parallelize: "
+                    "moe_layer.parallel.fsdp.shard_rest shards everything else"
+                )
+            yield layer, parameter
 
 
 def _has_gradient(parameter: nn.Parameter) -> bool:

@@ -81,6 +81,29 @@ def test_equal_to_one_process(pool: Pool, mode: str, blocks: bool) -> None:
                 torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def everything_sharded() -> tuple[dict[str, Tensor], float]:
+    """dp 4: FSDP shards the experts as well, which `parallelize` leaves whole at ep 1."""
+    warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
+    net = model("overlap")
+    context = parallelize(net, init_device_mesh("cpu", (4, 1), mesh_dim_names=("dp", "ep")))
+    for block in net.blocks:
+        fully_shard(block)
+    fully_shard(net)
+    per, rank = B // 4, dist.get_rank()
+    found = gradients(net, slice(rank * per, (rank + 1) * per), average=True)
+    assert all(isinstance(p, DTensor) for p in net.parameters())
+    context.close()
+    return found
+
+
+def test_experts_that_only_fsdp_shards(pool: Pool) -> None:
+    want, want_norm = gradients(model("overlap"), slice(None), average=False)
+    for found, norm in pool.run(everything_sharded):
+        assert math.isclose(norm, want_norm, rel_tol=2e-6), (norm, want_norm)
+        for name, value in want.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-7, msg=lambda t, n=name: f"{n}: {t}")
+
+
 def refusals() -> list[str]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
     texts = []
@@ -97,10 +120,21 @@ def refusals() -> list[str]:
     except ConfigError as error:
         texts.append(str(error))
     context.close()
+    net = model("overlap")
+    context = parallelize(net, mesh)
+    fully_shard(net.blocks[0], mesh=mesh["dp"])
+    for call in (lambda: sync_gradients(net), lambda: clip_grad_norm(net, 1.0)):
+        try:
+            call()
+        except ConfigError as error:
+            texts.append(str(error))
+    context.close()
     return texts
 
 
 def test_refusals(pool: Pool) -> None:
-    for unparallelized, half in pool.run(refusals):
+    for unparallelized, half, *twice in pool.run(refusals):
         assert "call parallelize(model, mesh)" in unparallelized
         assert "FSDP shards parameters over 2 ranks and parallelize uses 4" in half
+        assert len(twice) == 2
+        assert all("experts are sharded by FSDP too" in text and "fsdp.shard_rest" in text for text in twice)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -193,21 +194,55 @@ def copies() -> tuple[Any, ...]:
     except ConfigError as error:
         twice = str(error)
     left_behind = (pickle.loads(pickle.dumps(context)), copy.deepcopy(context))
+    twin, x = copy.deepcopy(layer), torch.randn(2, D)
+    try:
+        twin(x)
+    except ValueError as error:
+        unbound = str(error)
+    twin.bind(context)
+    same = torch.equal(twin(x), layer(x))
     context.close()
     context.close()
     try:
         layer(torch.zeros(2, D))
     except RuntimeError as error:
         closed = str(error)
-    return twice, left_behind, closed
+    return twice, left_behind, unbound, same, closed
 
 
 def test_lifecycle(pool: Pool) -> None:
     for _ in range(2):
-        for twice, left_behind, closed in pool.run(copies):
+        for twice, left_behind, unbound, same, closed in pool.run(copies):
             assert "parallelized already" in twice
             assert left_behind == (None, None)
-            assert "closed" in closed
+            assert "copy.bind(layer.router.context)" in unbound and same
+            assert closed == "the EP group is unusable since the context was closed"
+
+
+def biases() -> tuple[int, int, list[float]]:
+    """Warnings of a layer that knows no other ranks and of one that does, and the latter's bias."""
+    router = RouterConfig(num_experts=4, top_k=1, score_function="sigmoid", expert_bias=True)
+    net = MoELayer(MoEConfig(hidden_size=D, router=router, experts=ExpertsConfig(intermediate_size=4)))
+    ids = torch.full((2, 1), min(dist.get_rank(), 2), dtype=torch.int32)  # expert 3 gets nothing
+    counts = []
+    for context in (None, parallelize(net, init_device_mesh("cpu", (4, 1), mesh_dim_names=("dp", "ep")))):
+        net.bind(context)
+        net(torch.randn(2, D), replay=ids).sum().backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            net.update_bias()
+        counts.append(sum("expert_bias will differ between ranks; call" in str(w.message) for w in caught))
+        if context is None:
+            net.router.expert_bias.zero_()
+    net.router.context.close()
+    return (*counts, net.router.expert_bias.tolist())
+
+
+def test_biases_of_a_layer_that_knows_no_other_ranks(pool: Pool) -> None:
+    """Beside DDP or FSDP alone each rank would move its bias by its own tokens."""
+    for alone, bound, bias in pool.run(biases):
+        assert (alone, bound) == (1, 0)
+        assert bias == pytest.approx([0.0, 0.0, -0.001, 0.001])
 
 
 def wrong_meshes() -> list[str]:
