@@ -25,6 +25,7 @@ from moe_layer.experts.packed import pack, packed_experts
 from moe_layer.experts.parameters import local_part
 from moe_layer.experts.parts import Parts
 from moe_layer.experts.shared import SharedExpert, start_beside
+from moe_layer.losses import sequence_boundaries
 from moe_layer.ops.fan_out import LateProduct, fan_out
 from moe_layer.ops.kernels import note_first_cuda_use, require_kernels
 from moe_layer.parallel.compat import broadcast
@@ -265,13 +266,9 @@ class MoELayer(nn.Module):
     def _boundaries(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
         if cu_seqlens is not None:
             _check_boundaries(cu_seqlens, math.prod(x.shape[:-1]))
-        if cu_seqlens is not None or self.config.losses.aux != "sequence":
+        if cu_seqlens is not None or not self.router.wants_sequences:
             return cu_seqlens
-        if x.ndim != 3:
-            raise RoutingError(
-                f"losses.aux: sequence needs x of shape [B, S, D] or cu_seqlens, got x of shape {tuple(x.shape)}"
-            )
-        return torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device) * x.shape[1]
+        return sequence_boundaries(x)
 
     def _check_input(self, x: Tensor, valid: Tensor | None) -> None:
         for name, value in (("x", x), ("valid", valid)):
@@ -302,15 +299,9 @@ class MoELayer(nn.Module):
     # ---- step hooks -------------------------------------------------------------------------------------------------
 
     def set_loss_scale(self, scale: Tensor | float) -> None:
-        """Factor on the attached losses' gradients (AMP loss scale, 1 / accumulation steps); stays on the device."""
-        if not isinstance(scale, Tensor):
-            scale = torch.tensor(float(scale))
-            if not bool(torch.isfinite(scale)):
-                raise ValueError(f"scale must be finite, got {float(scale)}; it multiplies the losses' gradients")
-        if scale.numel() != 1:
-            raise ValueError(f"scale must be one number, got a tensor of shape {tuple(scale.shape)}")
-        with torch.no_grad():
-            self.router.loss_scale.copy_(scale.reshape(()))
+        """Factor on the attached losses' gradients (AMP loss scale, 1 / accumulation steps); see
+        `Router.set_loss_scale`."""
+        self.router.set_loss_scale(scale)
 
     def update_bias(self) -> None:
         """Step `expert_bias` by the load since the last call (all ranks together). No-op without a bias, in eval,

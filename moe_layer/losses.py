@@ -17,6 +17,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_layer.errors import RoutingError
+
+
+def sequence_boundaries(x: Tensor) -> Tensor:
+    """int32 `[B+1]` boundaries of the flattened tokens of x `[B, S, D]`, one sequence a row.
+
+    Raises:
+        RoutingError: x has another number of dimensions.
+    """
+    if x.ndim != 3:
+        raise RoutingError(
+            f"losses.aux: sequence needs x of shape [B, S, D] or cu_seqlens, got x of shape {tuple(x.shape)}"
+        )
+    return torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device) * x.shape[1]
+
 
 def tokens_per_sequence(
     num_tokens: int, valid: Tensor | None, cu_seqlens: Tensor | None, device: torch.device | str | None = None

@@ -10,8 +10,7 @@ T tokens, D hidden, E experts, K top-k, S sequences.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from moe_layer import losses, stats
 from moe_layer.balance import update_expert_bias
 from moe_layer.config.model import MoEConfig
+from moe_layer.counters import CountingModule, start_of
 from moe_layer.errors import RoutingError
 from moe_layer.ops.attach_losses import attach_losses
 from moe_layer.ops.batch_losses import SUMMARY
@@ -37,15 +37,8 @@ from moe_layer.types import Routing, RoutingDecision
 if TYPE_CHECKING:
     from moe_layer.parallel.context import ParallelContext
 
-_FP32_BUFFERS = ("expert_bias", "loss_scale", "log_sums")
 
-
-def _start_of(buffer: str) -> float:
-    """A new buffer's value."""
-    return 1.0 if buffer == "loss_scale" else 0.0
-
-
-class Router(nn.Module):
+class Router(CountingModule):
     """Chooses K of E experts for each token.
 
     Parameters: `weight [E, D]`, optional `bias [E]`. Buffers: `expert_bias [E]` fp32 (selection only, saved);
@@ -96,36 +89,7 @@ class Router(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
         for name, buffer in self.named_buffers():
-            buffer.fill_(_start_of(name))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        before = {name: getattr(self, name) for name in _FP32_BUFFERS if getattr(self, name) is not None}
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = getattr(self, name)
-            if new.dtype != old.dtype:
-                setattr(self, name, old.to(new.device))
-        if before["loss_scale"].is_meta and not self.loss_scale.is_meta:
-            for name in self._non_persistent_buffers_set:
-                getattr(self, name).fill_(_start_of(name))
-        return self
-
-    # Counters are in no checkpoint. Where a model gets its memory after its construction (`to_empty` above,
-    # transformers' from_pretrained, `load_state_dict(assign=True)`), nobody else would give them a value.
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        before = self.__dict__.get("_buffers", {}).get(name)
-        super().__setattr__(name, value)
-        if before is not None and before.is_meta and name in self._non_persistent_buffers_set:
-            getattr(self, name).fill_(_start_of(name))
-
-    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
-        super()._load_from_state_dict(*arguments, **options)
-        if self.loss_scale.is_meta and not self.weight.is_meta:
-            for name in self._non_persistent_buffers_set:
-                setattr(self, name, torch.empty_like(getattr(self, name), device=self.weight.device))
-        if self.expert_bias is not None and self.expert_bias.dtype in (torch.bfloat16, torch.float16):
-            self.expert_bias = self.expert_bias.float()  # assigned as it was saved, by a program that cast it
+            buffer.fill_(start_of(name))
 
     def forward(
         self,
@@ -155,6 +119,8 @@ class Router(nn.Module):
                 on CPU; by `check()` on CUDA and under torch.compile).
         """
         attaches = self.training and torch.is_grad_enabled()
+        if cu_seqlens is None and self.wants_sequences:
+            raise RoutingError("losses.aux: sequence needs cu_seqlens [S+1]; pass the boundaries of the sequences")
         tap = self.routing_tap
         if tap is not None:
             replay = tap.before(replay, num_tokens=x_TD.shape[0], device=x_TD.device)
@@ -214,6 +180,11 @@ class Router(nn.Module):
         if self.config.replay.bias_counts != "live":
             return counts_E if self.config.replay.bias_counts == "effective" else None
         return self._live(logits_TE, valid_T).counts
+
+    @property
+    def wants_sequences(self) -> bool:
+        """Whether a forward pass now has to know its sequences: for `losses.aux: sequence`, where losses exist."""
+        return self.config.losses.aux == "sequence" and self.training and torch.is_grad_enabled()
 
     def logits(self, x_TD: Tensor, late: LateProduct | None = None) -> Tensor:
         """Gate GEMM with the configured dtypes: `[T, E]`. Jitter uses torch's generator, while training only."""
@@ -362,6 +333,21 @@ class Router(nn.Module):
         if found:
             experts = self.config.router.num_experts
             raise RoutingError("; ".join(f"{n} {sentences[name].format(experts=experts)}" for name, n in found.items()))
+
+    def set_loss_scale(self, scale: Tensor | float) -> None:
+        """Factor on the attached losses' gradients, one number; a tensor stays on its device.
+
+        Raises:
+            ValueError: a tensor of several numbers, or a number that is not finite.
+        """
+        if not isinstance(scale, Tensor):
+            scale = torch.tensor(float(scale))
+            if not bool(torch.isfinite(scale)):
+                raise ValueError(f"scale must be finite, got {float(scale)}; it multiplies the losses' gradients")
+        if scale.numel() != 1:
+            raise ValueError(f"scale must be one number, got a tensor of shape {tuple(scale.shape)}")
+        with torch.no_grad():
+            self.loss_scale.copy_(scale.reshape(()))
 
     @torch.no_grad()
     def update_bias(self) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moe_layer.compat.megatron_config import experts_config, moe_config
 from moe_layer.compat.mlp import grouped_mlp
+from moe_layer.errors import ConfigError
 from moe_layer.experts.spec import Layout, Weights
 from moe_layer.layer import MoELayer
 from moe_layer.ops.kernels import require_kernels
@@ -129,12 +130,23 @@ def _device(config: Any) -> torch.device:
     return torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
 
 
+def _data_ranks() -> int:
+    from megatron.core import parallel_state
+
+    ready = parallel_state.is_initialized()
+    return parallel_state.get_data_parallel_world_size(with_context_parallel=True) if ready else 1
+
+
 class _MegatronRouter(Router):
-    """Our router with the counter name that Megatron's bias update looks for."""
+    """Our router with the names that Megatron looks for at the end of a step: it updates biases and forgets counts."""
 
     @property
     def local_tokens_per_expert(self) -> Tensor:
         return self.tokens_per_expert
+
+    def reset_global_aux_loss_tracker(self) -> None:
+        """The `global` loss looks back as far as the step's first micro-batch."""
+        self.aux_history.zero_()
 
 
 class MegatronMoELayer(nn.Module):
@@ -161,6 +173,11 @@ class MegatronMoELayer(nn.Module):
         self.config = config
         self.layer_number = layer_number
         ours = moe_config(config)
+        if ours.losses.aux == "global" and _data_ranks() > 1:
+            raise ConfigError(
+                f"moe_router_load_balancing_type: 'global_aux_loss' counts tokens over {_data_ranks()} data-parallel "
+                "ranks, and MegatronMoELayer knows its own; use 'aux_loss', or megatron_submodules()"
+            )
         device = _device(config)
         self.layer = MoELayer(ours, device=device, dtype=config.params_dtype)
         self.layer.router = _MegatronRouter(ours, device=device, dtype=config.params_dtype)

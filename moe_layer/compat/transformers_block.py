@@ -19,7 +19,9 @@ from moe_layer.config.model import MoEConfig
 from moe_layer.dispatch import Dispatcher, make_dispatcher
 from moe_layer.errors import ConfigError
 from moe_layer.experts import Experts
+from moe_layer.losses import sequence_boundaries
 from moe_layer.ops.fan_out import fan_out
+from moe_layer.ops.kernels import require_kernels
 from moe_layer.replay.decision import as_decision
 from moe_layer.router import Router
 from moe_layer.types import Routing, RoutingDecision
@@ -79,11 +81,31 @@ class TransformersMoEBlock(nn.Module):
         routed_TD, gate_TD = fan_out(x_TD, 2)
         decision = as_decision(replay, hidden_states.shape[:-1], self.config.router.top_k, device=x_TD.device)
         valid_T = None if valid is None else valid.reshape(-1)
-        *_, routing = self.gate(gate_TD, valid_T=valid_T, replay=decision)
+        sequences = sequence_boundaries(hidden_states) if self.gate.wants_sequences else None
+        *_, routing = self.gate(gate_TD, valid_T=valid_T, cu_seqlens=sequences, replay=decision)
         received = self.dispatcher.dispatch(routed_TD, routing)
         rows = self.experts(received)
         y = self.dispatcher.combine(rows, received).reshape(hidden_states.shape)
         return (y, routing.detach()) if return_routing else y
+
+    # ---- the step hooks of MoELayer, for what `configure` switches on ------------------------------------------------
+
+    def set_loss_scale(self, scale: Tensor | float) -> None:
+        """See `MoELayer.set_loss_scale`."""
+        self.gate.set_loss_scale(scale)
+
+    def update_bias(self) -> None:
+        """See `MoELayer.update_bias`."""
+        self.gate.update_bias()
+
+    def collect_stats(self) -> dict[str, Tensor]:
+        """See `MoELayer.collect_stats`."""
+        return self.gate.collect_stats()
+
+    def check(self) -> None:
+        """See `MoELayer.check`."""
+        self.gate.check()
+        self.dispatcher.check()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "dispatcher"}
@@ -115,6 +137,9 @@ def swap(block: Any, configure: Callable[[MoEConfig], MoEConfig] | None) -> Tran
     config = derived if configure is None else configure(derived)
     if _shape(config) != _shape(derived):
         raise ConfigError(f"configure changed the block's shapes from {_shape(derived)} to {_shape(config)}; keep them")
+    if config.dispatch.chunks != 1:
+        raise ConfigError(f"dispatch.chunks ({config.dispatch.chunks}) is MoELayer's; replaced blocks need 1")
+    require_kernels(config.kernels)
     made = {"gate": make_gate(config, gate), "experts": _adopt_experts(config, experts)}
     ours = TransformersMoEBlock(config, {name: made[name] for name, _ in block.named_children()})
     _copy_hooks(block, ours)

@@ -114,6 +114,29 @@ def test_whole_layer(aux: str) -> None:
     tracker.clear()
 
 
+def test_the_global_loss_looks_back_to_the_first_micro_batch_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core import parallel_state
+    from megatron.core.distributed.finalize_model_grads import reset_model_temporary_tensors
+    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+    config = transformer_config(**(LOSSES | dict(moe_router_load_balancing_type="global_aux_loss")))
+    theirs, ours = megatron_layer(config), MegatronMoELayer(config)
+    import_block(ours.layer, megatron_mapping(ours.layer.config), state_of(theirs))
+    x_NSBD = torch.randn(4, 9, 3, 32)
+    for step in range(2):
+        theirs.zero_grad()
+        ours.zero_grad()
+        for x_SBD in x_NSBD[2 * step : 2 * step + 2]:
+            for layer in (theirs, ours):
+                (layer(x_SBD)[0].sum() * 0.0).backward()
+        torch.testing.assert_close(ours.layer.router.weight.grad, theirs.router.weight.grad, rtol=1e-5, atol=1e-8)
+        reset_model_temporary_tensors(config, [nn.ModuleList([theirs, ours])])
+    get_moe_layer_wise_logging_tracker().clear()
+    monkeypatch.setattr(parallel_state, "get_data_parallel_world_size", lambda **_: 2)
+    with pytest.raises(ConfigError, match="'global_aux_loss' counts tokens over 2 data-parallel ranks"):
+        MegatronMoELayer(config)
+
+
 def test_whole_layer_masks_padding_and_serves_megatrons_bias_update() -> None:
     from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias
 

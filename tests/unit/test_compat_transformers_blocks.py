@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from torch import nn
 
 from moe_layer.compat import transformers as ours
 from moe_layer.compat.transformers_block import TransformersMoEBlock
-from moe_layer.config.model import ReplayConfig
+from moe_layer.config.model import DispatchConfig, LossesConfig, ReplayConfig
 from moe_layer.errors import ConfigError, RoutingError
+from moe_layer.layer import MoELayer
+from moe_layer.ops import _ext
 from moe_layer.router import Router
 from moe_layer.types import RoutingDecision
 from tests.unit.hf_blocks import hf_block, hf_model
@@ -175,6 +178,32 @@ def test_configure_reaches_the_block_and_may_not_change_shapes() -> None:
     assert torch.equal(routing.weights_TK, torch.full((4, 3), 0.25))
     with pytest.raises(ConfigError, match="configure changed the block's shapes"):
         replaced_block("qwen3_moe", configure=lambda config: dataclasses.replace(config, hidden_size=64))
+
+
+def test_configured_losses_and_hooks_are_those_of_a_layer() -> None:
+    losses = LossesConfig(aux="sequence", aux_coeff=0.5)
+    block = replaced_block("qwen3_moe", configure=lambda config: dataclasses.replace(config, losses=losses))
+    layer = MoELayer(block.config)
+    layer.load_state_dict({name.replace("gate.w", "router.w"): value for name, value in block.state_dict().items()})
+    x = torch.randn(4, 5, 32)
+    grads = []
+    for module, router in ((block, block.gate), (layer, layer.router)):
+        module.set_loss_scale(0.25)
+        (module(x).sum() * 0.0).backward()
+        module.check()
+        module.update_bias()
+        grads.append((router.weight.grad, module.collect_stats()["load"]))
+    torch.testing.assert_close(grads[0], grads[1])
+    assert grads[0][0].any()
+
+
+def test_configure_may_not_ask_for_what_a_block_does_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = DispatchConfig(chunks=2)
+    with pytest.raises(ConfigError, match=r"dispatch\.chunks \(2\) is MoELayer's"):
+        replaced_block("qwen3_moe", configure=lambda config: dataclasses.replace(config, dispatch=chunks))
+    monkeypatch.setattr(_ext, "status", lambda: SimpleNamespace(loaded=False, reason="it is not there"))
+    with pytest.raises(ConfigError, match="kernels: cuda is not possible, it is not there"):
+        replaced_block("qwen3_moe", configure=lambda config: dataclasses.replace(config, kernels="cuda"))
 
 
 def test_what_cannot_be_replaced_says_so() -> None:

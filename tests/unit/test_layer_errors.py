@@ -89,3 +89,7 @@ def test_sequence_loss_needs_sequences():
     bounds = torch.tensor([0, 3, 6], dtype=torch.int32)
     _, by_bounds = layer(torch.ones(6, D, dtype=torch.float64), cu_seqlens=bounds, return_routing=True)
     assert torch.equal(by_shape.losses["aux"], by_bounds.losses["aux"])
+    with pytest.raises(RoutingError, match=r"needs cu_seqlens \[S\+1\]"):
+        layer.router(torch.zeros(6, D, dtype=torch.float64))  # it sees tokens only, and would take all for one sequence
+    layer.warmup()  # without a loss any shape will do
+    assert layer.eval()(torch.ones(6, D, dtype=torch.float64)).shape == (6, D)

@@ -16,7 +16,7 @@ MAX_LINES = 400
 LEVELS = [
     {"_version", "errors", "types"},
     {"config", "ops"},
-    {"dispatch", "experts", "replay", "losses", "balance", "stats", "parallel", "routing_options"},
+    {"dispatch", "experts", "replay", "losses", "balance", "counters", "stats", "parallel", "routing_options"},
     {"router"},
     {"layer"},
     {"checkpoint", "compat", "observe", "train"},
