@@ -254,8 +254,13 @@ class RoutingSession:
         try:
             yield
         finally:
-            popped = stack.pop()
-            assert popped is frame
+            at = next(i for i, other in enumerate(stack) if other is frame)
+            del stack[at]
+            if at < len(stack):
+                raise RoutingError(
+                    "a block of this session was closed while one that was opened later is open: tasks of one thread "
+                    "share its blocks; open them around calls that do not give way to other tasks"
+                )
 
     def _stack(self) -> list[Frame]:
         if not hasattr(self._local, "stack"):

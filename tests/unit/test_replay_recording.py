@@ -74,6 +74,20 @@ def test_one_session_at_a_time() -> None:
     RoutingSession(model).close()
 
 
+def test_blocks_of_tasks_that_take_turns() -> None:
+    """What two tasks of one thread ran would land in both records: the first block to be closed says so."""
+    session = RoutingSession(make_model())
+    first, second = session.record(), session.record()
+    first.__enter__()
+    second.__enter__()
+    with pytest.raises(RoutingError, match="was closed while one that was opened later is open"):
+        first.__exit__(None, None, None)
+    with pytest.raises(TraceError, match="no layer ran"):
+        second.__exit__(None, None, None)
+    with pytest.raises(TraceError, match="ended after 0 of"), session.replay(make_trace()):
+        pass  # nothing had stayed open
+
+
 def test_two_models_do_not_see_each_other() -> None:
     a, b = make_model(), make_model()
     with RoutingSession(a) as session, RoutingSession(b) as other, session.replay(make_trace(seed=3)):
