@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moe_layer.dispatch.route import Pending, row_bytes
+from moe_layer.dispatch.route import Pending
 from moe_layer.dispatch.wire import Link, Position
 from moe_layer.types import DispatchPlan
 
@@ -23,7 +23,7 @@ class AllGatherRoute:
 
     def out(self, at: Position, tensors: list[Tensor]) -> Pending:
         T, R = self._num_tokens, self.link.size
-        headers = self.link.exchange_headers(at, tokens=T, rows_R=[T] * R, row_bytes=row_bytes(tensors))
+        headers = self.link.exchange_headers(at, tokens=T, rows_R=[T] * R, row=tensors)
         if not self.recv_R:
             self.tokens_R = [tokens for tokens, _rows in headers]
             longest = max(self.tokens_R)
@@ -37,6 +37,6 @@ class AllGatherRoute:
         return Pending(self.link, at, [target.flatten(0, 1) for target, _ in started], [work for _, work in started])
 
     def back(self, at: Position, tensors: list[Tensor]) -> Pending:
-        self.link.exchange_headers(at, tokens=self._num_tokens, rows_R=self.recv_R, row_bytes=row_bytes(tensors))
+        self.link.exchange_headers(at, tokens=self._num_tokens, rows_R=self.recv_R, row=tensors)
         started = [self.link.exchange_rows(at, t, send_R=self.recv_R, recv_R=self.recv_R) for t in tensors]
         return Pending(self.link, at, [target for target, _ in started], [work for _, work in started])

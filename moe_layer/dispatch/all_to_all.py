@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moe_layer.dispatch.route import Pending, check_arrivals, row_bytes
+from moe_layer.dispatch.route import Pending, check_arrivals
 from moe_layer.dispatch.wire import Link, Position
 from moe_layer.types import DispatchPlan
 
@@ -21,9 +21,7 @@ class AllToAllRoute:
         self._num_tokens = plan.ids_TK.shape[0]
 
     def out(self, at: Position, tensors: list[Tensor]) -> Pending:
-        headers = self.link.exchange_headers(
-            at, tokens=self._num_tokens, rows_R=self.send_R, row_bytes=row_bytes(tensors)
-        )
+        headers = self.link.exchange_headers(at, tokens=self._num_tokens, rows_R=self.send_R, row=tensors)
         arriving_R = [rows for _tokens, rows in headers]
         self.recv_R = self.recv_R or arriving_R
         check_arrivals(self, at, arriving_R)
@@ -31,7 +29,7 @@ class AllToAllRoute:
         return self._exchange(at, sent, send_R=self.send_R, recv_R=self.recv_R)
 
     def back(self, at: Position, tensors: list[Tensor]) -> Pending:
-        self.link.exchange_headers(at, tokens=self._num_tokens, rows_R=self.recv_R, row_bytes=row_bytes(tensors))
+        self.link.exchange_headers(at, tokens=self._num_tokens, rows_R=self.recv_R, row=tensors)
         return self._exchange(at, tensors, send_R=self.recv_R, recv_R=self.send_R)
 
     def _exchange(self, at: Position, tensors: list[Tensor], *, send_R: list[int], recv_R: list[int]) -> Pending:

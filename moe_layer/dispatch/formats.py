@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from moe_layer.config.model import DispatchConfig
-from moe_layer.dispatch.route import row_bytes
+from moe_layer.dispatch.wire import row_bytes
 from moe_layer.errors import ConfigError, RoutingError
 from moe_layer.ops.cast import cast
 from moe_layer.ops.fp8_rows import BLOCK, fp8_decode, fp8_encode

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_layer.dispatch.route import Pending, row_bytes
+from moe_layer.dispatch.route import Pending
 from moe_layer.dispatch.wire import Link, Position
 from moe_layer.errors import RankMismatch
 from moe_layer.ops.gather_rows import gather_rows
@@ -110,7 +110,7 @@ class HierarchicalRoute:
     ) -> tuple[list[int], Pending]:
         """Headers and rows of one stage; `recv_R` is empty when it is not known yet."""
         link = self.link
-        headers = link.exchange_headers(at, tokens=self._num_tokens, rows_R=send_R, row_bytes=row_bytes(tensors))
+        headers = link.exchange_headers(at, tokens=self._num_tokens, rows_R=send_R, row=tensors)
         arriving_R = [rows for _tokens, rows in headers]
         if recv_R and arriving_R != recv_R:
             raise RankMismatch(f"at {at} rows {arriving_R} arrive from the ranks, expected {recv_R}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_layer.dispatch.base import padded_rows, static_rows, wire_dtype
 from moe_layer.dispatch.window import Trip, Window, padded_width
-from moe_layer.dispatch.wire import Link, Phase
+from moe_layer.dispatch.wire import Link, Phase, dtypes_word
 from moe_layer.ops import ep
 from moe_layer.ops.fp8_rows import BLOCK
 from moe_layer.ops.gather_rows import gather_rows
@@ -66,7 +66,9 @@ class FusedCall:
     def begin(self, phase: Phase, *, width: int, home: bool) -> Trip:
         link = self.dispatcher.link
         link.check()
-        trip = self.trips[phase] = self.window.begin(link.at(phase), width=width, link=link, home=home)
+        trip = self.trips[phase] = self.window.begin(
+            link.at(phase), width=width, dtypes=dtypes_word([self.dtype]), link=link, home=home
+        )
         return trip
 
     def push(self, phase: Phase, rows: Tensor, **meta: Tensor) -> None:
@@ -339,7 +341,9 @@ def push_all(window: Window, link: Link, phase: Phase, rows: Tensor, *, fp8: boo
     """Take a slot and copy rows `[T, D]` into every peer's window; the words come later (`FusedCall.push`)."""
     link.check()
     width = outward_width(rows, fp8)
-    trip = window.begin(link.at(phase), width=width, link=link, home=False, dense=True)
+    trip = window.begin(
+        link.at(phase), width=width, dtypes=dtypes_word([rows.dtype]), link=link, home=False, dense=True
+    )
     encoded = rows.new_empty(rows.shape[0], width, dtype=torch.uint8) if fp8 else None
     window.push_rows(trip, rows, encoded)
     return trip

@@ -14,9 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moe_layer.dispatch.route import Pending, row_bytes
+from moe_layer.dispatch.route import Pending
 from moe_layer.dispatch.window import Trip, Window, WindowSize, padded_width, window_for
-from moe_layer.dispatch.wire import Link, Position
+from moe_layer.dispatch.wire import Link, Position, dtypes_word, row_bytes
 from moe_layer.errors import RankMismatch
 from moe_layer.ops import ep
 from moe_layer.types import DispatchPlan
@@ -68,7 +68,9 @@ class NvlinkRoute:
         packed = _pack(tensors)
         need = WindowSize(self.link.size, self._max_rows, packed.shape[1], 1, self._depth)
         window = window_for(self.link, need)
-        trip = window.begin(at, width=packed.shape[1], link=self.link, home=home)
+        trip = window.begin(
+            at, width=packed.shape[1], dtypes=dtypes_word([t.dtype for t in tensors]), link=self.link, home=home
+        )
         window.send(
             trip, ep.ep_push, window.peers, window.state, packed, tokens, counts, trip.words, blocks=self._blocks
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_layer.dispatch.route import Pending, row_bytes
+from moe_layer.dispatch.route import Pending
 from moe_layer.dispatch.wire import Link, Position
 from moe_layer.errors import RankMismatch
 from moe_layer.types import DispatchPlan
@@ -37,7 +37,7 @@ class ReplicatedRoute:
         if not self.reduce:
             return Pending(self.link, at, tensors, [])
         T, R = self._num_tokens, self.link.size
-        headers = self.link.exchange_headers(at, tokens=T, rows_R=[T] * R, row_bytes=row_bytes(tensors))
+        headers = self.link.exchange_headers(at, tokens=T, rows_R=[T] * R, row=tensors)
         tokens_R = [tokens for tokens, _rows in headers]
         if tokens_R != [T] * R:
             raise RankMismatch(

@@ -92,11 +92,6 @@ def pick_home(home_SK: Tensor, position_TR: Tensor, *, rank_TK: Tensor) -> Tenso
     return torch.where((rank_TK >= 0) & (row_TK >= 0), value_TK, value_TK.new_zeros(()))
 
 
-def row_bytes(tensors: list[Tensor]) -> int:
-    """Bytes that one row of a trip takes; part of the header."""
-    return sum(tensor.shape[1:].numel() * tensor.element_size() for tensor in tensors)
-
-
 def check_arrivals(route: Route, at: Position, arriving_R: list[int]) -> None:
     """A later trip of a route must bring the rows its first one announced."""
     if arriving_R != route.recv_R:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moe_layer.dispatch.route import row_bytes
 from moe_layer.dispatch.wire import Link
 from moe_layer.errors import RankMismatch
 from moe_layer.parallel import compat
@@ -61,7 +60,7 @@ class TokenShare:
             return pad(part_tD, (0, 0, first, tokens - end))
         size, at = self.link.size, self.link.at("combine" if forward else "dispatch backward")
         longest = -(-tokens // size)
-        headers = self.link.exchange_headers(at, tokens=tokens, rows_R=[longest] * size, row_bytes=row_bytes([part_tD]))
+        headers = self.link.exchange_headers(at, tokens=tokens, rows_R=[longest] * size, row=[part_tD])
         tokens_R = [theirs for theirs, _rows in headers]
         if tokens_R != [tokens] * size:
             raise RankMismatch(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_layer.dispatch.formats import TokenFormat, decode_rows, encode_rows
-from moe_layer.dispatch.route import Pending, SlotRoute, row_bytes
+from moe_layer.dispatch.route import Pending, SlotRoute
 from moe_layer.dispatch.wire import Phase
 from moe_layer.ops.gather_rows import gather_rows
 from moe_layer.ops.sort_slots import sort_slots
@@ -84,7 +84,7 @@ class SlotTrip:
         if isinstance(route, SlotRoute):
             return route.slots(at, tensors, send_R=send_R, recv_R=recv_R, home=phase == "combine")
         tokens = self.call.plan.ids_TK.shape[0]
-        link.exchange_headers(at, tokens=tokens, rows_R=send_R, row_bytes=row_bytes(tensors))
+        link.exchange_headers(at, tokens=tokens, rows_R=send_R, row=tensors)
         started = [link.exchange_rows(at, tensor, send_R=send_R, recv_R=recv_R) for tensor in tensors]
         return Pending(link, at, [target for target, _ in started], [work for _, work in started])
 

@@ -164,8 +164,9 @@ class Window:
         self.copies: list[Any] = []  # of dense pushes, made by the first one: streams of the flags, of the copies
         self._copied: dict[int, Any] = {}  # by slot: the end of its copies
 
-    def begin(self, at: Position, *, width: int, link: Link, home: bool, dense: bool = False) -> Trip:
-        """Take a slot for a trip of rows of `width` bytes; `dense`: for `push_rows`.
+    def begin(self, at: Position, *, width: int, link: Link, home: bool, dtypes: int = 0, dense: bool = False) -> Trip:
+        """Take a slot for a trip of rows of `width` bytes and such `dtypes` (`wire.dtypes_word`), which are compared as
+        part of the configuration; `dense`: for `push_rows`.
 
         Raises:
             CapacityError: `ring_depth` trips of this direction are under way already.
@@ -188,7 +189,7 @@ class Window:
             at.layer,
             PHASES.index(at.phase),
             at.step & 0x7FFFFFFF,
-            link.config_hash & 0x7FFFFFFF,
+            (link.config_hash + dtypes) & 0x7FFFFFFF,
             _MAGIC,
         )  # in the order of ep.COMPARED, with which the words of a trip end
         piece_rows = self.size.piece_rows(width) if dense else 0
@@ -296,9 +297,10 @@ class Window:
         if error == ep.MISMATCH:
             name = ep.COMPARED[field]
             theirs, ours = (PHASES[i] if name == "phase" and 0 <= i < len(PHASES) else i for i in (seen, wanted))
+            name = "config hash (with the rows' dtypes)" if name == "config" else name
             raise RankMismatch(
                 f"rank {peer} is elsewhere at {at}: its {name} is {theirs} where this rank's is {ours}; every rank "
-                "must run the same layers in the same order with the same shapes and configuration"
+                "must run the same layers in the same order with the same shapes, dtypes and configuration"
             )
         if error == ep.PEER_OVERFLOW:
             raise CapacityError(

@@ -26,7 +26,11 @@ Phase = Literal["dispatch", "combine", "combine backward", "dispatch backward", 
 
 _MAGIC = int.from_bytes(b"MoELayer", "big")
 PHASES: tuple[Phase, ...] = ("dispatch", "combine", "combine backward", "dispatch backward", "overflow", "bind")
-_FIELDS = ("magic", "layer", "step", "phase", "tokens", "config", "rows", "row_bytes")
+_FIELDS = ("magic", "layer", "step", "phase", "tokens", "config", "rows", "row_bytes", "dtypes")  # the last two in one
+_DTYPES = (
+    *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool, torch.uint8, torch.int8, torch.int16),
+    *(torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2),
+)
 GRACE_S = 1.25  # how long a survivor waits for the others' reports: less than the 2 s allowed past the deadline
 
 
@@ -59,30 +63,35 @@ class Link:
         if self.context.failure is not None:
             raise DispatchTimeout(f"the EP group is unusable since {self.context.failure}")
 
-    def exchange_headers(self, at: Position, *, tokens: int, rows_R: Sequence[int], row_bytes: int) -> list[list[int]]:
+    def exchange_headers(
+        self, at: Position, *, tokens: int, rows_R: Sequence[int], row: Sequence[Tensor]
+    ) -> list[list[int]]:
         """Tell every rank how many rows it gets; returns `(tokens, rows)` of every source rank.
 
+        `row`: the tensors of the trip, whose rows have the same size and dtypes everywhere.
+
         Raises:
-            RankMismatch: a peer is elsewhere, has another configuration or another row size.
+            RankMismatch: a peer is elsewhere, has another configuration, another row size or other dtypes.
             CapacityError: a peer's static buffer overflowed.
             DispatchTimeout: a peer did not answer.
         """
         mine = [_MAGIC, at.layer, at.step, PHASES.index(at.phase), tokens, self.config_hash]
-        out = torch.tensor([[*mine, rows, row_bytes] for rows in rows_R], dtype=torch.int64, device=self.context.device)
+        layout = row_bytes(row) | dtypes_word([tensor.dtype for tensor in row]) << 32
+        out = torch.tensor([[*mine, rows, layout] for rows in rows_R], dtype=torch.int64, device=self.context.device)
         got = torch.empty_like(out)
         ones = [1] * self.size
         self.wait(
             self.start(lambda: compat.all_to_all(self.group, got, out, out_rows=ones, in_rows=ones), at), at, read=True
         )
-        headers = got.tolist()
-        self._check_headers(headers, at=at, row_bytes=row_bytes)
+        headers = [[*header, layout & 0xFFFFFFFF, layout >> 32] for *header, layout in got.tolist()]
+        self._check_headers(headers, at=at, row=row)
         return [[header[4], header[6]] for header in headers]
 
     def report_overflow(self, at: Position, *, tokens: int) -> None:
         """Send headers that make every peer raise at its next trip, before this rank raises itself."""
         over = Position(at.layer, at.step, "overflow")
         try:
-            self.exchange_headers(over, tokens=tokens, rows_R=[0] * self.size, row_bytes=0)
+            self.exchange_headers(over, tokens=tokens, rows_R=[0] * self.size, row=[])
         except (RankMismatch, CapacityError, DispatchTimeout):
             self.context.failure = f"{at}: this rank's static buffer overflowed"
 
@@ -142,7 +151,7 @@ class Link:
             str(at), f"deadline {self.deadline_s:g} s; {reason}", grace_s=min(GRACE_S, self.deadline_s)
         )
 
-    def _check_headers(self, headers: list[list[int]], *, at: Position, row_bytes: int) -> None:
+    def _check_headers(self, headers: list[list[int]], *, at: Position, row: Sequence[Tensor]) -> None:
         over = [rank for rank, header in enumerate(headers) if header[3] == PHASES.index("overflow")]
         if over and at.phase != "overflow":
             self.context.failure = f"{at}: static buffers of ranks {over} overflowed"
@@ -150,17 +159,37 @@ class Link:
                 f"static dispatch buffers of ranks {over} overflowed before {at}; raise dispatch.static_factor or set "
                 "dispatch.overflow drop"
             )
-        want = (_MAGIC, at.layer, at.step, PHASES.index(at.phase), None, self.config_hash, None, row_bytes)
+        layout = (row_bytes(row), dtypes_word([tensor.dtype for tensor in row]))
+        want = (_MAGIC, at.layer, at.step, PHASES.index(at.phase), None, self.config_hash, None, *layout)
         for index, name in enumerate(_FIELDS):
             found = [header[index] for header in headers]
             if want[index] is not None and any(value != want[index] for value in found):
                 self.context.failure = f"{at}: ranks disagree about the {name}"
-                shown = [PHASES[v] if name == "phase" and 0 <= v < len(PHASES) else v for v in found]
+                shown = [_shown(name, value) for value in found]
                 raise RankMismatch(
                     f"ranks disagree about the {name} at {at}: "
                     + ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(shown))
                     + "; every rank must run the same layers in the same order with the same shapes"
                 )
+
+
+def _shown(name: str, value: int) -> object:
+    if name == "phase" and 0 <= value < len(PHASES):
+        return PHASES[value]
+    if name != "dtypes":
+        return value
+    digits = [value >> shift & 31 for shift in range(0, 30, 5)]
+    return " ".join(str(_DTYPES[at - 1]).removeprefix("torch.") for at in digits if 0 < at <= len(_DTYPES))
+
+
+def row_bytes(tensors: Sequence[Tensor]) -> int:
+    """Bytes that one row of a trip takes; part of the header."""
+    return sum(tensor.shape[1:].numel() * tensor.element_size() for tensor in tensors)
+
+
+def dtypes_word(dtypes: Sequence[torch.dtype]) -> int:
+    """A trip's first six dtypes, 5 bits each: rows of bf16 and of fp16 have one size."""
+    return sum((_DTYPES.index(one) + 1 if one in _DTYPES else 31) << 5 * at for at, one in enumerate(dtypes[:6]))
 
 
 def _as_bytes(rows: Tensor) -> Tensor:

@@ -273,6 +273,29 @@ def test_size_mismatch(ranks: ThreadRanks) -> None:
         assert isinstance(error, RankMismatch) and "row_bytes" in str(error) and "rank 2 has" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("backend", "apply_probs"),
+    [*itertools.product(("all_to_all", "all_gather", "nvlink", "nvlink:dense"), ("activation", "source")),
+     ("replicated", "activation")],  # under source its sums are fp32 whatever x is
+)  # fmt: skip
+def test_dtypes_of_one_size(ranks: ThreadRanks, backend: str, apply_probs: str) -> None:
+    """One rank in fp16, the others in bf16: the bits of one would be read as numbers of the other."""
+    config = config_for(backend, deadline_s=5, apply_probs=apply_probs)
+
+    def one(context: ParallelContext) -> None:
+        dispatcher = make_dispatcher(config, num_experts=8, top_k=2, context=context)
+        case = make_case(0, T=6, D=16, E=8, K=2)
+        dtype = torch.float16 if context.ep_rank == 1 else torch.bfloat16
+        received = dispatcher.dispatch(case.x_TD.to(dtype), routing_of(case, slice(None)))
+        dispatcher.combine(torch.ones(received.probs_N.shape[0], 16, dtype=dtype), received)
+
+    for error in ranks.run(2, one, fresh=True):
+        assert isinstance(error, RankMismatch) and "dtypes" in str(error)
+        assert backend.startswith("nvlink") or (
+            "rank 0 has bfloat16" in str(error) and "rank 1 has float16" in str(error)
+        )
+
+
 def test_other_layer_and_other_step(ranks: ThreadRanks) -> None:
     for error in ranks.run(3, lambda c: _dispatch_only(c, layer=int(c.ep_rank == 1)), fresh=True):
         assert isinstance(error, RankMismatch) and "about the layer" in str(error) and "rank 1 has 1" in str(error)
