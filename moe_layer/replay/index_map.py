@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_layer.errors import TraceError
+from moe_layer.replay.spec import integer_tensor
 
 
 def packed_index(lengths: Sequence[int], *, align: int = 1, total: int | None = None) -> Tensor:
@@ -116,10 +117,14 @@ def _check_rank(size: int, rank: int) -> None:
 
 def inverse_index(index: Tensor, *, rows: int) -> Tensor:
     """`[rows]`: place in the flattened `index` of each row it names, -1 for rows it does not: for `Recording.trace`."""
-    flat = index.detach().cpu().reshape(-1)
+    flat = integer_tensor(index, "index").detach().cpu().to(torch.int64).reshape(-1)
     if flat.numel() and int(flat.max()) >= rows:
         raise TraceError(f"the map names row {int(flat.max())} of {rows} rows; it was made for another recording")
     places = torch.full((rows,), -1, dtype=torch.int64)
     used = flat >= 0
-    places[flat[used]] = torch.arange(flat.numel())[used]
+    named = flat[used]
+    places[named] = torch.arange(flat.numel())[used]
+    if int((places >= 0).sum()) != len(named):
+        twice = int(torch.bincount(named).argmax())
+        raise TraceError(f"the map names row {twice} more than once; a row has one place in the recording")
     return places

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ def save_trace(trace: RoutingTrace, path: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     facts = _facts(trace)
     header = {"format": FORMAT, "version": str(VERSION), "facts": facts, "sha256": _digest(facts, tensors)}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")  # of this call: others may write it too
     try:
         with open(partial, "wb") as file:
             if path.suffix == ".npz":

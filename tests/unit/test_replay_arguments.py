@@ -69,6 +69,8 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         lambda: index_map.generation_index(torch.ones(3), steps=1),
         "must be \\[batch, prompt\\]",
     ),
+    "map with a row twice": (lambda: index_map.inverse_index(torch.tensor([0, 1, -1, 1]), rows=2), "row 1 more than"),
+    "map of fractions": (lambda: index_map.inverse_index(torch.zeros(2), rows=2), "index must be integers"),
     "map of another recording": (lambda: index_map.inverse_index(torch.tensor([5]), rows=2), "names row 5 of 2 rows"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -309,6 +310,23 @@ def test_a_trace_is_no_view_of_the_ids() -> None:
     ids.zero_()
     assert torch.equal(trace.wide_ids(), expected)
     assert torch.equal(trace.wide_ids(3, 7), expected[3:7])
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
+def test_two_writers_of_one_file(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of one process: each writes its own file, the last one stays whole under the name."""
+    path, first, second = tmp_path / f"a.{suffix}", make_trace(seed=1), make_trace(seed=2)
+    real = os.fsync
+
+    def fsync(file: int) -> None:
+        monkeypatch.setattr(os, "fsync", real)
+        second.save(path)
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    first.save(path)
+    assert same(RoutingTrace.open(path), first)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_flipping_any_bit_of_a_file_is_noticed(tmp_path: Path) -> None:
