@@ -25,7 +25,7 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_call(x_TD: Tensor, routing: Routing, plan: DispatchPlan | None, *, num_experts: int, top_k: int) -> None:
-    """Whether x, routing and plan are of one batch and of this dispatcher; reads no device memory.
+    """Whether x, routing and plan are of one batch and of this dispatcher; reads no memory of a GPU.
 
     Raises:
         RoutingError: names what does not fit, and both shapes, numbers or devices.
@@ -53,6 +53,11 @@ def check_call(x_TD: Tensor, routing: Routing, plan: DispatchPlan | None, *, num
         raise RoutingError(
             f"the plan is of ids {tuple(plan.ids_TK.shape)}, x and routing are of ({T}, {top_k}); prepare one for "
             "this call"
+        )
+    looks = x_TD.device.type == "cpu" and not torch.compiler.is_compiling()  # where it costs no synchronisation
+    if plan is not None and looks and bool((plan.ids_TK != routing.ids_TK).any()):
+        raise RoutingError(
+            "the plan is of other ids than the routing's; prepare one from these: prepare(routing.ids_TK)"
         )
 
 

@@ -57,6 +57,10 @@ DISPATCHES: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda d: d.dispatch(x(), routed(), d.prepare(routed(3).ids_TK)),
         r"the plan is of ids \(3, 2\), x and routing are of \(6, 2\)",
     ),
+    "a plan of another batch": (
+        lambda d: d.dispatch(x(), routed(), d.prepare(routed().ids_TK.flip(0))),
+        "the plan is of other ids than the routing's",
+    ),
     "halves": (lambda d: d.dispatch_recv(*d.dispatch_send(x(5), routed(4))), r"ids must be \[5, 2\]"),
     "scales in a list": (lambda d: d.dispatch(x().to(torch.float8_e4m3fn), routed(), x_scale=[1.0]), "got list"),
 }
