@@ -27,6 +27,7 @@ from moe_layer.dispatch.options import (
     caller_rows,
     check_add,
     check_call,
+    check_idle,
     check_pending,
     check_rows,
     deliver,
@@ -169,6 +170,7 @@ class ExchangeDispatcher:
     def combine_send(self, rows: Tensor, received: Received) -> tuple[Any, Tensor]:
         check_rows(rows, received)
         call: Call = received.state
+        check_idle(call.pending, "combine")
         if call.scale_CS is not None:  # x was quantised: y has the experts' dtype
             call = replace(call, dtype=rows.dtype)
         if self.probs_at_home:

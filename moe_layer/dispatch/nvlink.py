@@ -44,7 +44,7 @@ from moe_layer.dispatch.nvlink_call import (
     row_width,
 )
 from moe_layer.dispatch.nvlink_route import NvlinkRoute
-from moe_layer.dispatch.options import check_add, check_pending, check_rows, deliver, into, limit_tokens
+from moe_layer.dispatch.options import check_add, check_idle, check_pending, check_rows, deliver, into, limit_tokens
 from moe_layer.dispatch.route import Route
 from moe_layer.dispatch.window import WindowSize, padded_width, window_for
 from moe_layer.dispatch.wire import Link
@@ -270,6 +270,7 @@ class NvlinkDispatcher(ExchangeDispatcher):
     def _outgoing(self, rows: Tensor, received: Received) -> tuple[Tensor, GradientLink | None]:
         """The experts' rows as they are summed, and the link of their gradient."""
         check_rows(rows, received)
+        check_idle(received.state.trips, "combine")
         if self.config.apply_probs == "combine":
             wide = torch.promote_types(rows.dtype, torch.float32)
             rows = rows.to(wide) * received.probs_N.to(wide).unsqueeze(1)

@@ -85,6 +85,16 @@ def check_add(add: Tensor | None, shape: tuple[int, ...]) -> None:
         raise RoutingError(f"add must be {shape} like y, got {tuple(add.shape)}")
 
 
+def check_idle(trips: Mapping[Any, Any], phase: str) -> None:
+    """Whether no `phase` of this dispatch is under way: it would be mistaken for the next one.
+
+    Raises:
+        RoutingError: two sends without a recv between them.
+    """
+    if phase in trips:
+        raise RoutingError(f"a {phase} of this dispatch was sent and not received; call {phase}_recv first")
+
+
 def check_pending(trips: Mapping[Any, Any], phase: str) -> None:
     """Whether `phase` was sent and not received.
 

@@ -117,8 +117,13 @@ def test_halves_received_twice(ranks: ThreadRanks, backend: str) -> None:
         received = dispatcher.dispatch_recv(*sent)
         with pytest.raises(RoutingError, match="dispatch_recv was called again; every send has one recv"):
             dispatcher.dispatch_recv(*sent)
-        back = dispatcher.combine_send(torch.ones(received.probs_N.shape[0], D), received)
-        dispatcher.combine_recv(*back)
+        rows = torch.ones(received.probs_N.shape[0], D)
+        back = dispatcher.combine_send(rows, received)
+        for again in (dispatcher.combine_send, dispatcher.combine):  # it would be received in the first one's place
+            with pytest.raises(RoutingError, match="a combine of this dispatch was sent and not received"):
+                again(rows * 3, received)
+        y = dispatcher.combine_recv(*back)
+        assert torch.equal(dispatcher.combine(rows, received), y), "one after the other"
         with pytest.raises(RoutingError, match="combine_recv was called again"):
             dispatcher.combine_recv(*back)
 
