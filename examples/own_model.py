@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 
 from moe_layer import MoELayer, load_config, parallelize
-from moe_layer.parallel import clip_grad_norm, sync_gradients
+from moe_layer.parallel import clip_grad_norm, parameter_groups, sync_gradients
 
 CONFIG = [
     "hidden_size=64",
@@ -67,7 +67,7 @@ def train(steps: int = 60, *, seed: int = 0, rank: int = 0, ranks: int = 1) -> l
     if ranks > 1:  # (a) before the optimizer, which must see the parameters that the ranks keep
         context = parallelize(model, init_device_mesh("cpu", (1, ranks), mesh_dim_names=("dp", "ep")))
     layers = [module for module in model.modules() if isinstance(module, MoELayer)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=3e-3)
     losses = []
     for _ in range(steps):
         starts = torch.randint(len(text) - 65, (16,)).tolist()[rank::ranks]  # (b) every rank its own data

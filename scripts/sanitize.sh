@@ -20,8 +20,9 @@ fi
 LOGS="${SANITIZE_LOGS:-build/sanitize}"
 mkdir -p "$LOGS"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-# No torch grouped_mm here: racecheck dies of it ("failed to handle a hardware exception"), initcheck does not see its writes. And no
-# gate_kernel, of which racecheck dies in the same way (TMA and wgmma): memcheck and synccheck of tests/gpu/test_gate_cuda.py pass.
+# No bf16 GEMM of torch's here: racecheck dies of it ("failed to handle a hardware exception"), initcheck does not see grouped_mm's
+# writes. And no gate_kernel, of which racecheck dies in the same way (TMA and wgmma): memcheck and synccheck of
+# tests/gpu/test_gate_cuda.py pass, and all but racecheck of tests/gpu/test_nvlink_phases_gpu.py -k fp8.
 tests=(
     "tests/gpu/test_glue_cuda.py::test_sort_slots[37-3-8-16-0.2-False]"
     "tests/gpu/test_glue_cuda.py::test_sort_slots_of_a_middle_rank"
@@ -44,7 +45,6 @@ tests=(
     "tests/gpu/test_nvlink_phases_gpu.py::test_small[keys0-expert_major]"
     "tests/gpu/test_nvlink_phases_gpu.py::test_small[keys2-compact]"
     "tests/gpu/test_nvlink_phases_gpu.py::test_small[keys3-expert_major]"
-    "tests/gpu/test_nvlink_phases_gpu.py::test_small_fp8[dense]"
     "tests/gpu/test_nvlink_phases_gpu.py::test_small_shapes_of_the_routing[expert_major-slots-no token]"
     "tests/gpu/test_nvlink_phases_gpu.py::test_small_shapes_of_the_routing[expert_major-dense-one slot]"
 )

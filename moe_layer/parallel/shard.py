@@ -84,6 +84,19 @@ def expert_parameters(model: nn.Module) -> Iterator[tuple[ParallelLayer, nn.Para
             yield layer, parameter
 
 
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Every parameter, in order, in optimizer groups that torch's `foreach` and fused steps accept.
+
+    They refuse a DTensor beside a plain tensor or one of another mesh, so after `parallelize` (and FSDP2) each mesh has
+    a group of its own: `torch.optim.AdamW(parameter_groups(model), lr=...)`. One group on one rank.
+    """
+    groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        groups.setdefault(mesh, []).append(parameter)
+    return [{"params": parameters} for parameters in groups.values()]
+
+
 def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part, sharing storage; no autograd."""
     tensor = tensor.detach()

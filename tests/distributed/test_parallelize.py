@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from moe_layer.config.model import ExpertsConfig, LossesConfig, MoEConfig, RouterConfig, SharedExpertConfig
 from moe_layer.errors import ConfigError
 from moe_layer.layer import MoELayer
-from moe_layer.parallel import clip_grad_norm, parallelize, sync_gradients
+from moe_layer.parallel import clip_grad_norm, parallelize, parameter_groups, sync_gradients
 from tests.distributed.cases import config_for
 from tests.distributed.pool import Pool
 
@@ -135,6 +135,53 @@ def test_replicated_tokens(pool: Pool) -> None:
     for step in range(4):
         assert math.isclose((results[0][0][step] + results[2][0][step]) / 2, losses[step], rel_tol=2e-6)
         assert all(math.isclose(result[1][step], norms[step], rel_tol=2e-5) for result in results)
+
+
+def adamw() -> tuple[str, list[float], dict[str, Tensor]]:
+    """Losses and parameters under `foreach`, which CUDA tensors get by default; what it says to ungrouped ones."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+    model = Model(config())
+    context = parallelize(model, mesh)
+    share = slice(B // 4 * dist.get_rank(), B // 4 * (dist.get_rank() + 1))
+    (model(data(0)[share]) - 1).square().mean().backward()
+    try:
+        torch.optim.AdamW(model.parameters(), lr=0.0, foreach=True).step()
+        said = "nothing"
+    except RuntimeError as error:
+        said = str(error)
+    groups = parameter_groups(model)
+    assert len(groups) == 2
+    assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in model.parameters()}
+    losses, state = with_adamw(model, torch.optim.AdamW(groups, lr=0.01, foreach=True), share), full_state(model)
+    context.close()
+    return said, losses, state
+
+
+def with_adamw(model: nn.Module, optimizer: torch.optim.Optimizer, share: slice) -> list[float]:
+    losses = []
+    for step in range(3):
+        optimizer.zero_grad()
+        loss = (model(data(step)[share]) - 1).square().mean()
+        loss.backward()
+        sync_gradients(model)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def test_parameter_groups_for_foreach(pool: Pool) -> None:
+    model = Model(config())
+    (group,) = parameter_groups(model)
+    assert all(a is b for a, b in zip(group["params"], model.parameters(), strict=True))
+    losses = with_adamw(model, torch.optim.AdamW([group], lr=0.01), slice(None))
+    results = pool.run(adamw)
+    for step in range(3):
+        assert math.isclose(sum(result[1][step] for result in results) / 4, losses[step], rel_tol=1e-5)
+    for said, _, state in results:
+        assert "mixed torch.Tensor and DTensor" in said
+        for name, value in full_state(model).items():
+            if "tokens_per_expert" not in name:
+                torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def uneven() -> list[bool]:
