@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_layer.errors import RoutingError
+from moe_layer.ops.attach_losses import with_history
 
 
 def sequence_boundaries(x: Tensor) -> Tensor:
@@ -109,7 +110,7 @@ def _batch_loss(
     num_experts = counts_SE.shape[1]
     slots_E = counts_SE.sum(dim=0)
     if history_E is not None:
-        slots_E = slots_E + history_E.to(torch.int64)
+        slots_E = with_history(slots_E, history_E.to(torch.int64))
     (slots_E, tokens), ranks = _over_group([slots_E, tokens_S.sum().to(torch.int64)], group)
     share_E = slots_E.to(wide) / slots_E.sum().clamp(min=1).to(wide)
     mean_score_E = score_sum_SE.sum(dim=0) / tokens.clamp(min=1).to(wide)

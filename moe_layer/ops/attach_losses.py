@@ -55,6 +55,27 @@ def _add_counts_fake(counter: Tensor, counts: Tensor) -> None:
     return None
 
 
+@torch.library.custom_op("moe_layer::with_history", mutates_args=(), schema="(Tensor counts, Tensor history) -> Tensor")
+def _with_history_op(counts: Tensor, history: Tensor) -> Tensor:
+    return counts + history
+
+
+@_with_history_op.register_fake
+def _with_history_fake(counts: Tensor, history: Tensor) -> Tensor:
+    return torch.empty_like(counts)
+
+
+def with_history(counts_E: Tensor, history_E: Tensor) -> Tensor:
+    """int64 `[E]` counts plus those of earlier passes, which the backward of `attach_losses` will change.
+
+    An op of its own under torch.compile: inductor moves a plain addition into the kernel that uses it, and where the
+    forward is recomputed that kernel runs after the change (torch 2.13).
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.moe_layer.with_history(counts_E, history_E)
+    return counts_E + history_E
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, losses, scale, counts, tokens_per_expert, log_values, log_sums, aux_counts, aux_history = inputs
     ctx.set_materialize_grads(False)

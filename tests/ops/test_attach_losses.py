@@ -113,6 +113,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.moe_layer.attach_losses.default, args)
     torch.library.opcheck(torch.ops.moe_layer.attach_losses.default, (weights, None, torch.tensor(1.0), *(None,) * 6))
     torch.library.opcheck(torch.ops.moe_layer.add_counts_.default, (buffer, counts))
+    torch.library.opcheck(torch.ops.moe_layer.with_history.default, (buffer, buffer))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

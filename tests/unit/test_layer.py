@@ -328,6 +328,21 @@ def test_global_loss_remembers_earlier_micro_batches():
     assert not layer.router.aux_history.any()
 
 
+def test_global_loss_compiled_with_recompute():
+    """The backward changes the history and reads it again; inductor has to read first."""
+    layer = make_layer(make_config(losses=LossesConfig(aux="global", aux_coeff=1.0)))
+    compiled = torch.compile(lambda x: checkpoint(layer, x, use_reentrant=False), fullgraph=True)
+    x = torch.randn(2, 6, D, dtype=torch.float64, requires_grad=True)
+    grads = []
+    for call in (layer, compiled):
+        layer.update_bias()  # forgets the history
+        for part in x:
+            layer.zero_grad()
+            (call(part) * 0.0).sum().backward()
+            grads.append(layer.router.weight.grad)
+    torch.testing.assert_close(grads[2:], grads[:2])
+
+
 def test_amp_leaves_the_router_in_fp32():
     layer = make_layer(make_config(), dtype=torch.float32)
     x = torch.randn(6, D)
