@@ -39,6 +39,7 @@ from moe_layer.dispatch.route import Pending, Route, pick_home, sum_home, sum_po
 from moe_layer.dispatch.source import SlotTrip
 from moe_layer.dispatch.wire import Link
 from moe_layer.errors import CapacityError
+from moe_layer.ops._call import refuse_second_derivative
 from moe_layer.ops.gather_rows import gather_rows
 from moe_layer.ops.tree_reduce import reduction_blocks, tree_reduce
 from moe_layer.types import DispatchPlan, Received, Routing
@@ -329,6 +330,7 @@ class _DispatchRecv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_rows: Tensor, d_probs_N: Tensor) -> tuple[Tensor, None]:
+        refuse_second_derivative()
         call: Call = ctx.call
         d = call.dispatcher
         assert call.arranged is not None
@@ -393,5 +395,6 @@ class _CombineRecv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_sum_TD: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        refuse_second_derivative()
         d_weights_TK = ctx.trip.send_back(d_sum_TD, ctx.saved_tensors[:-1])
         return d_sum_TD.new_zeros(0), d_weights_TK, None

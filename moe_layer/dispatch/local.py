@@ -16,6 +16,7 @@ from moe_layer.dispatch.base import finish, padded_rows, round_to_wire, wire_dty
 from moe_layer.dispatch.formats import TokenFormat, after_trip, format_for, round_gradient, round_rows
 from moe_layer.dispatch.options import caller_rows, check_add, check_call, check_rows, deliver, into, limit_tokens
 from moe_layer.dispatch.plan import make_plan
+from moe_layer.ops._call import refuse_second_derivative
 from moe_layer.ops.gather_rows import gather_rows
 from moe_layer.ops.sort_slots import SlotOrder, pad_to_capacity, sort_slots
 from moe_layer.ops.tree_reduce import reduction_blocks, tree_reduce
@@ -252,6 +253,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_y_TD: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         (token_N,) = ctx.saved_tensors
         d_add = None if ctx.add_dtype is None else d_y_TD.to(ctx.add_dtype)
         d_rows = None
@@ -281,6 +283,7 @@ class _Expand(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         row_TK, ids_TK = ctx.saved_tensors
         dx_TD = tree_reduce(d_rows, row_TK, ids_MK=ids_TK, num_experts=ctx.num_experts, blocks=ctx.blocks)
         return dx_TD.to(ctx.wire).to(ctx.dtype), None, None, None, None, None, None

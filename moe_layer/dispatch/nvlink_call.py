@@ -15,6 +15,7 @@ from moe_layer.dispatch.base import padded_rows, static_rows, wire_dtype
 from moe_layer.dispatch.window import Trip, Window, padded_width
 from moe_layer.dispatch.wire import Link, Phase, dtypes_word
 from moe_layer.ops import ep
+from moe_layer.ops._call import refuse_second_derivative
 from moe_layer.ops.fp8_rows import BLOCK
 from moe_layer.ops.gather_rows import gather_rows
 from moe_layer.types import DispatchPlan, GradientLink
@@ -248,6 +249,7 @@ class DispatchRecv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_rows: Tensor, d_probs_N: Tensor, *_: Any) -> tuple[Tensor, None]:
+        refuse_second_derivative()
         call: FusedCall = ctx.call
         compact = call.dispatcher.config.rows == "compact"
         d_rows, d_probs_N = aligned(d_rows), d_probs_N.contiguous()
@@ -291,6 +293,7 @@ class CombineRecv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_y_TD: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        refuse_second_derivative()
         call: FusedCall = ctx.call
         _ = ctx.saved_tensors  # recompute runs here, before the trips of this backward take slots of the ring
         d_add = None if ctx.add_dtype is None else d_y_TD.to(ctx.add_dtype)

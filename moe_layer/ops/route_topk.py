@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moe_layer.ops import batch_losses
 from moe_layer.ops import route_topk_ref as ref
-from moe_layer.ops._call import call_plain
+from moe_layer.ops._call import call_plain, refuse_second_derivative
 from moe_layer.ops.copy_ids import check_id_buffer
 from moe_layer.ops.kernels import load_kernels
 from moe_layer.ops.route_topk_bwd import backward, setup_context
@@ -213,6 +213,7 @@ class _EagerDoor(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         return (*backward(ctx, *grads), None, None)
 
 

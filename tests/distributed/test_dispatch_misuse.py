@@ -110,6 +110,21 @@ def test_combines_that_do_not_fit(ranks: ThreadRanks, backend: str) -> None:
     run(ranks, backend, all_of_them)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives(ranks: ThreadRanks, backend: str) -> None:
+    """They would lack the dispatcher's part wherever x has another path to the loss."""
+
+    def twice(dispatcher: Any) -> None:
+        x_TD = x().requires_grad_()
+        received = dispatcher.dispatch(x_TD, routed())
+        rows = received.rows if received.index_N is None else received.rows[received.index_N]
+        y = dispatcher.combine(torch.tanh(rows), received)
+        with pytest.raises(RuntimeError, match="no second derivatives"):
+            torch.autograd.grad((y + x_TD * x_TD).sum(), x_TD, create_graph=True)
+
+    run(ranks, backend, twice)
+
+
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if not name.startswith("local")])
 def test_halves_received_twice(ranks: ThreadRanks, backend: str) -> None:
     def twice(dispatcher: Any) -> None:

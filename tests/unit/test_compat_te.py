@@ -261,3 +261,11 @@ def test_aux_loss_refuses(message: str, change: dict[str, Any]) -> None:
     }  # fmt: skip
     with pytest.raises(RuntimeError, match=message):
         fused_moe_aux_loss(**(arguments | change))
+
+
+def test_second_derivatives_are_refused() -> None:
+    """torch would return those of the other paths alone."""
+    logits = torch.randn(3, 8, requires_grad=True)
+    for result in (topk(logits)[0], fused_compute_score_for_moe_aux_loss(logits, 2, "sigmoid")[1]):
+        with pytest.raises(RuntimeError, match="no second derivatives"):
+            torch.autograd.grad((result.square() + logits**2).sum(), logits, create_graph=True)
