@@ -121,10 +121,11 @@ def fitting(local_CK: Tensor, *, num_local: int, alignment: int, capacity: int, 
 def _apply_capacity(ids_CK: Tensor, kept_C: Tensor, *, config: DispatchConfig, num_rows: int) -> Tensor:
     if config.overflow == "drop":
         return torch.where(kept_C.unsqueeze(1), ids_CK, -1)
-    message = (
-        f"static dispatch buffer of {num_rows} rows (static_factor {config.static_factor:g}) overflowed; "
-        "raise dispatch.static_factor or set dispatch.overflow drop"
-    )
+    remedy = "raise dispatch.static_factor or set dispatch.overflow drop"
+    if torch.compiler.is_compiling():  # numbers may be symbols here, which have no text
+        torch._assert_async(kept_C.all(), f"static dispatch buffer overflowed; {remedy}")
+        return ids_CK
+    message = f"static dispatch buffer of {num_rows} rows (static_factor {config.static_factor:g}) overflowed; {remedy}"
     if kept_C.is_cuda:
         torch._assert_async(kept_C.all(), message)
     elif not bool(kept_C.all()):

@@ -193,13 +193,27 @@ def test_activation_checkpointing_same_bits_and_counts_once(reentrant):
     assert plain[-1].sum() == 9 * K
 
 
-@pytest.mark.parametrize("rows", ["expert_major", "compact"])
-def test_fullgraph_compile_same_bits(rows):
-    layer = make_layer(make_config(losses=LOSSES, dispatch=DispatchConfig(rows=rows)), dtype=torch.float32)
+COMPILED = {
+    "expert_major": DispatchConfig(rows="expert_major"),
+    "compact": DispatchConfig(rows="compact"),
+    "static": DispatchConfig(capacity="static"),
+}
+
+
+@pytest.mark.parametrize("dispatch", COMPILED)
+def test_fullgraph_compile_same_bits(dispatch):
+    layer = make_layer(make_config(losses=LOSSES, dispatch=COMPILED[dispatch]), dtype=torch.float32)
     x, upstream = torch.randn(9, D, requires_grad=True), torch.randn(9, D)
     plain = gradients(layer, x, layer, upstream)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients(layer, x, compiled, upstream), strict=True))
+
+
+def test_compiled_static_buffers_overflow_with_an_error():
+    torch._dynamo.reset()  # the second static_factor of a process would be a symbol
+    layer = make_layer(make_config(dispatch=DispatchConfig(capacity="static", static_factor=0.5)), dtype=torch.float32)
+    with pytest.raises(RuntimeError, match=r"static dispatch buffer overflowed; raise dispatch\.static_factor"):
+        torch.compile(layer, fullgraph=True, dynamic=False, backend="aot_eager")(torch.randn(9, D))
 
 
 def test_export_with_any_number_of_tokens():
