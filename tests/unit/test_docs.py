@@ -12,6 +12,7 @@ import pytest
 
 import moe_layer
 from moe_layer import errors
+from moe_layer.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -99,3 +100,9 @@ def test_environment_variables() -> None:
                 found[name] = str(path.relative_to(ROOT))
     unknown = {name: path for name, path in found.items() if name not in ENVIRONMENT | TORCHRUN}
     assert not unknown, f"behaviour must come from the configuration, not from {unknown}"
+
+
+def test_every_command_is_in_the_api_page() -> None:
+    page = (ROOT / "docs/api.md").read_text()
+    missing = [name for name in COMMANDS if f"`moe-layer {name}" not in page]
+    assert not missing, f"docs/api.md does not mention the commands {missing}"
