@@ -26,6 +26,8 @@ def as_decision(
         return None
     decision = replay if isinstance(replay, RoutingDecision) else RoutingDecision(ids=replay)
     if not isinstance(decision.ids, Tensor):
+        if decision is replay:
+            raise RoutingError(f"RoutingDecision's ids must be an integer tensor, got {type(decision.ids).__name__}")
         raise RoutingError(
             f"replay must be a RoutingDecision or an integer tensor, got {type(replay).__name__}; "
             "of a Routing, pass RoutingDecision(routing.ids_TK)"

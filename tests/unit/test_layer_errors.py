@@ -30,6 +30,10 @@ BAD = {
         r"replay ids must be \(2, 3, 3\) or \(6, 3\), got \(5, 3\)",
     ),
     "replay_dtype": (lambda: {"x": torch.zeros(3, D), "replay": torch.zeros(3, K)}, "replay ids must be integers"),
+    "replay_list": (
+        lambda: {"x": torch.zeros(3, D), "replay": RoutingDecision([[0] * K] * 3)},
+        "RoutingDecision's ids must be an integer tensor, got list",
+    ),
     "replay_range": (
         lambda: {"x": torch.zeros(3, D), "replay": torch.full((3, K), E)},
         r"replay ids outside \[0, 8\)",
