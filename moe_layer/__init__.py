@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         RoutingError,
         TraceError,
     )
+    from moe_layer.hooks import step_hooks
     from moe_layer.layer import MoELayer
     from moe_layer.parallel import parallelize
     from moe_layer.replay.session import RoutingSession
@@ -32,6 +33,7 @@ _HOME = {
     "load_config": "moe_layer.config",
     "MoELayer": "moe_layer.layer",
     "parallelize": "moe_layer.parallel",
+    "step_hooks": "moe_layer.hooks",
     "Routing": "moe_layer.types",
     "RoutingDecision": "moe_layer.types",
     "RoutingSession": "moe_layer.replay.session",
@@ -62,6 +64,7 @@ __all__ = [
     "__version__",
     "load_config",
     "parallelize",
+    "step_hooks",
 ]
 
 

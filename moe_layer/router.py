@@ -384,3 +384,7 @@ class Router(CountingModule):
         self.logged_until.copy_(self.tokens_per_expert)
         self.log_sums.zero_()
         return stats
+
+    def extra_repr(self) -> str:
+        cfg = self.config.router
+        return f"num_experts={cfg.num_experts}, top_k={cfg.top_k}, score_function={cfg.score_function}"

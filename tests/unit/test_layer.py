@@ -282,6 +282,10 @@ def test_meta_construction_then_reset_is_the_eager_construction():
     assert torch.equal(meta(x), eager(x))
 
 
+def test_printing_a_layer_says_how_it_routes():
+    assert "(router): Router(num_experts=8, top_k=3, score_function=softmax)" in repr(make_layer(make_config()))
+
+
 def test_state_dict_keys_are_the_contract():
     router = RouterConfig(num_experts=E, top_k=K, score_function="sigmoid", expert_bias=True, linear_bias=True)
     experts = ExpertsConfig(intermediate_size=F, bias=True)

@@ -19,7 +19,7 @@ LEVELS = [
     {"dispatch", "experts", "replay", "losses", "balance", "counters", "stats", "parallel", "routing_options"},
     {"router"},
     {"layer"},
-    {"checkpoint", "compat", "observe", "train"},
+    {"checkpoint", "compat", "hooks", "observe", "train"},
     {"cli", "__main__"},
 ]
 LEVEL = {part: index for index, parts in enumerate(LEVELS) for part in parts}
