@@ -25,6 +25,9 @@ def update_expert_bias(
         group: all data ranks; None means this rank alone.
 
     The comparison with the mean is made in integers (sum against E * count), so equal loads never drift.
+
+    Raises:
+        TypeError: the counter is not int64. ValueError: shapes or dtypes that do not fit.
     """
     if not expert_bias_E.is_floating_point() or expert_bias_E.shape != tokens_per_expert_E.shape:
         raise ValueError(

@@ -109,7 +109,11 @@ class MoELayer(nn.Module):
                     broadcast(parameter.detach(), group=group)
 
     def bind(self, context: ParallelContext | None, *, layer_index: int = 0) -> None:
-        """Attach the process groups (None: one rank); `moe_layer.parallelize` calls this on every layer."""
+        """Attach the process groups (None: one rank); `moe_layer.parallelize` calls this on every layer.
+
+        Raises:
+            ConfigError: `router.pad_to_capacity` on several ranks, or a dispatcher that does not fit the context.
+        """
         cfg = self.config
         self.layer_index = layer_index
         self.router.context = context
@@ -323,7 +327,11 @@ class MoELayer(nn.Module):
 
     def warmup(self, num_tokens: int = 128) -> None:
         """Load and compile every kernel for this layer: one throw-away forward pass, and the expert GEMMs of backward
-        and of other numbers of tokens, so that no later step waits for a compiler."""
+        and of other numbers of tokens, so that no later step waits for a compiler.
+
+        Raises:
+            ValueError: negative `num_tokens`.
+        """
         if num_tokens < 0:
             raise ValueError(f"num_tokens must be at least 0, got {num_tokens}")
         self.experts.warmup(parts=self.config.dispatch.chunks)

@@ -29,7 +29,11 @@ def add_parser(subparsers: Any) -> None:
 
 
 def convert(arguments: argparse.Namespace) -> int:
-    """Run the conversion and print one line about it."""
+    """Run the conversion and print one line about it.
+
+    Raises:
+        CheckpointError: formats that do not convert in one step, and what reading and writing raise.
+    """
     from moe_layer.checkpoint.convert import MANIFEST, from_ours, to_ours
     from moe_layer.errors import CheckpointError
 

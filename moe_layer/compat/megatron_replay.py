@@ -179,7 +179,11 @@ class RouterReplay(NotCopied):
         return self.recorded_topk_idx
 
     def record_indices(self, topk_indices: Tensor) -> None:
-        """Keep ids, in the static buffer if there is one."""
+        """Keep ids, in the static buffer if there is one.
+
+        Raises:
+            RoutingError: more rows than the static buffer has.
+        """
         if self.static_buffer is None:
             self.recorded_topk_idx = topk_indices.to(torch.int64)
             return

@@ -45,7 +45,11 @@ def check_tensor(
 
 
 def check_slots(indices: Tensor, weights: Tensor, *, shape: tuple[int, int], device: torch.device) -> Tensor:
-    """`indices` as int32, where 0xFFFFFFFF as uint32 is -1; raises ValueError for a wrong shape, dtype or device."""
+    """`indices` as int32, where 0xFFFFFFFF as uint32 is -1; raises ValueError for a wrong shape, dtype or device.
+
+    Raises:
+        ValueError: ids that are neither -1 nor an expert.
+    """
     check_tensor("indices", indices, shape, dtypes=(torch.uint32, torch.int32, torch.int64), device=device)
     check_tensor("weights", weights, shape, dtypes=(torch.float32,), device=device)
     if indices.dtype == torch.uint32:

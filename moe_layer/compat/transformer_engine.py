@@ -63,6 +63,10 @@ def fused_topk_with_score_function(
 
     Returns:
         (probs `[..., E]`, routing map), or (probs, `topk_indices`) when that buffer was given.
+
+    Raises:
+        RuntimeError: shapes, dtypes, devices, layouts or settings that do not fit, as TE raises it.
+        ValueError, TypeError: `routing_map_format`, fp64 logits, and every `qb_` argument that is set.
     """
     map_format = _map_format(routing_map_format)
     for name, value in (

@@ -195,7 +195,12 @@ def deliver(received: Received, out: Tensor | None) -> Received:
 
 
 def into(values: Tensor, out: Tensor, name: str) -> Tensor:
-    """`values` copied to the first rows of `out`, and that part of `out`; gradients pass to `values`."""
+    """`values` copied to the first rows of `out`, and that part of `out`; gradients pass to `values`.
+
+    Raises:
+        RoutingError: a buffer of another kind, width, dtype or device, or one that requires grad.
+        CapacityError: too few rows.
+    """
     if not isinstance(out, Tensor):
         raise RoutingError(f"{name} must be a tensor [rows, {values.shape[1]}], got {type(out).__name__}")
     if out.ndim != 2 or out.shape[1:] != values.shape[1:] or out.dtype != values.dtype or out.device != values.device:

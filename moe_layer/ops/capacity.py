@@ -22,7 +22,11 @@ class Capped(NamedTuple):
 
 
 def expert_capacity(num_tokens: int, top_k: int, num_experts: int, factor: float) -> int:
-    """ceil(T*K/E * factor): slots one expert accepts from this rank."""
+    """ceil(T*K/E * factor): slots one expert accepts from this rank.
+
+    Raises:
+        ValueError: `factor` is not positive.
+    """
     if not factor > 0:
         raise ValueError(f"capacity_factor must be positive, got {factor}; None switches capacity off")
     return math.ceil(num_tokens * top_k / num_experts * factor)
@@ -39,6 +43,9 @@ def apply_capacity(
         num_experts: E.
         capacity: slots an expert accepts, see `expert_capacity`.
         policy: "probs" keeps an expert's highest weights (NaN counts as lowest), "position" its lowest token indices.
+
+    Raises:
+        ValueError: another policy.
     """
     if policy not in ("probs", "position"):
         raise ValueError(f"capacity_policy must be probs or position, got {policy!r}")

@@ -186,7 +186,11 @@ def glu_bwd(
     limit: float = 7.0,
     alpha: float = 1.702,
 ) -> GluGradients:
-    """Gradients of `glu`, and its output again (see `GluGradients`). Arguments as for `glu`; `d_a_NF` is [N, F]."""
+    """Gradients of `glu`, and its output again (see `GluGradients`). Arguments as for `glu`; `d_a_NF` is [N, F].
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
     _check(h_N2F, probs_N, activation)
     if d_a_NF.shape != (h_N2F.shape[0], h_N2F.shape[1] // 2):
         raise ValueError(f"d_a must be [N, F] for h {tuple(h_N2F.shape)}, got {tuple(d_a_NF.shape)}")

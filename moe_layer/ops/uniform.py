@@ -10,6 +10,9 @@ def uniform_ids(num_tokens: int, top_k: int, num_experts: int, device: torch.dev
     """int32 [T, K]: slot k of token t goes to expert (t*K + k) mod E.
 
     Expert loads differ by at most one and a row's ids are distinct, because top_k <= num_experts.
+
+    Raises:
+        ValueError: `top_k` is not in 1..E.
     """
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k must lie in 1..{num_experts} (the number of experts), got {top_k}")

@@ -16,7 +16,11 @@ from moe_layer.replay.spec import integer_tensor
 
 
 def packed_index(lengths: Sequence[int], *, align: int = 1, total: int | None = None) -> Tensor:
-    """`[T]`: sequences back to back, each padded to a multiple of `align`, the end padded up to `total`."""
+    """`[T]`: sequences back to back, each padded to a multiple of `align`, the end padded up to `total`.
+
+    Raises:
+        TraceError: negative lengths, `align` below 1, or more tokens than `total`.
+    """
     _check_lengths(lengths)
     if align < 1:
         raise TraceError(f"align must be at least 1, got {align}")
@@ -30,7 +34,11 @@ def packed_index(lengths: Sequence[int], *, align: int = 1, total: int | None = 
 
 
 def mask_index(mask: Tensor) -> Tensor:
-    """`[B, S]` from an attention mask `[B, S]` (left, right or inner padding): row b's True entries are sequence b."""
+    """`[B, S]` from an attention mask `[B, S]` (left, right or inner padding): row b's True entries are sequence b.
+
+    Raises:
+        TraceError: a mask that is not `[B, S]`.
+    """
     if mask.ndim != 2:
         raise TraceError(f"mask must be [batch, sequence], got {tuple(mask.shape)}")
     real = mask.detach().cpu().to(torch.bool)
@@ -40,7 +48,11 @@ def mask_index(mask: Tensor) -> Tensor:
 
 
 def left_pad_index(lengths: Sequence[int], *, width: int | None = None) -> Tensor:
-    """`[B, S]`: one sequence a row, pads on the left."""
+    """`[B, S]`: one sequence a row, pads on the left.
+
+    Raises:
+        TraceError: negative lengths, or one above `width`.
+    """
     _check_lengths(lengths)
     width = max(lengths, default=0) if width is None else width
     if any(length > width for length in lengths):
@@ -78,6 +90,9 @@ def generation_index(prompt_mask: Tensor, *, steps: int) -> Tensor:
     The prefill call gives B*P rows and each of the `steps` decoding calls B; pads of the prompt map to -1. `steps` is
     the
     number of new tokens minus one: the last sampled token is never run through the model.
+
+    Raises:
+        TraceError: a mask that is not `[B, P]`, or negative `steps`.
     """
     if prompt_mask.ndim != 2 or steps < 0:
         raise TraceError(
@@ -116,7 +131,11 @@ def _check_rank(size: int, rank: int) -> None:
 
 
 def inverse_index(index: Tensor, *, rows: int) -> Tensor:
-    """`[rows]`: place in the flattened `index` of each row it names, -1 for rows it does not: for `Recording.trace`."""
+    """`[rows]`: place in the flattened `index` of each row it names, -1 for rows it does not: for `Recording.trace`.
+
+    Raises:
+        TraceError: `index` is no integer tensor, names a row twice, or one outside `rows`.
+    """
     flat = integer_tensor(index, "index").detach().cpu().to(torch.int64).reshape(-1)
     if flat.numel() and int(flat.max()) >= rows:
         raise TraceError(f"the map names row {int(flat.max())} of {rows} rows; it was made for another recording")

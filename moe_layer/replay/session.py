@@ -189,6 +189,9 @@ class RoutingSession:
         """`function`, bound to the open block, for reentrant checkpointing: `checkpoint(session.bind(f), x, ...)`.
 
         Bind anew for each call: the first call is the forward, later ones are its recomputes.
+
+        Raises:
+            RoutingError: the bound function is called for a second forward.
         """
         region = _Region(self, self._top() or Frame())
         ran = False

@@ -117,7 +117,11 @@ class RoutingTrace:
         return trace if token_ids is None else trace.with_tokens(token_ids)
 
     def with_tokens(self, token_ids: Tensor) -> RoutingTrace:
-        """The same trace that knows its tokens (as checks): integer `[N]`."""
+        """The same trace that knows its tokens (as checks): integer `[N]`.
+
+        Raises:
+            TraceError: not one integer a row.
+        """
         if tuple(integer_tensor(token_ids, "token_ids").shape) != (self.num_tokens,):
             raise TraceError(f"token_ids must be [{self.num_tokens}] like the rows, got {tuple(token_ids.shape)}")
         return replace(self, token_check=token_checks(token_ids, self.positions))
@@ -175,7 +179,11 @@ class RoutingTrace:
         check_values(self, complete=complete)
 
     def rows(self, start: int, stop: int) -> RoutingTrace:
-        """Rows `[start, stop)` of a single-sequence trace as a fragment that knows its position."""
+        """Rows `[start, stop)` of a single-sequence trace as a fragment that knows its position.
+
+        Raises:
+            TraceError: several sequences, or rows outside the trace.
+        """
         if len(self.cu_seqlens) != 2 or not 0 <= start <= stop <= self.num_tokens:
             raise TraceError(
                 f"rows [{start}, {stop}) need one sequence with so many rows, this trace has "
@@ -185,7 +193,11 @@ class RoutingTrace:
         return self._cut(start, stop, self.first_position + start)
 
     def sequence(self, index: int) -> RoutingTrace:
-        """One sequence."""
+        """One sequence.
+
+        Raises:
+            TraceError: no such sequence.
+        """
         if not 0 <= index < len(self.cu_seqlens) - 1:
             raise TraceError(f"there is no sequence {index}, this trace has {len(self.cu_seqlens) - 1}")
         start, stop = self.cu_seqlens[index : index + 2].tolist()

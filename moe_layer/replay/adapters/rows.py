@@ -34,7 +34,11 @@ class LayerAxis:
 
     @classmethod
     def of(cls, layers: Sequence[str], *, num_decoder_layers: int | None = None) -> LayerAxis:
-        """From module paths with one number in them (`model.layers.3.mlp`): the number is the decoder index."""
+        """From module paths with one number in them (`model.layers.3.mlp`): the number is the decoder index.
+
+        Raises:
+            TraceError: no layers, or decoder indices that repeat or pass `num_decoder_layers`.
+        """
         layers = layer_names(layers)
         if not layers:
             raise TraceError("layers is empty; name the model's MoE layers")
