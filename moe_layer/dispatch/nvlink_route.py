@@ -157,6 +157,8 @@ def _unpack(packed: Tensor, like: list[Tensor]) -> list[Tensor]:
     for one in like:
         width = one.shape[1:].numel() * one.element_size()
         part = packed[:, first : first + width].contiguous()
+        if part.storage_offset() % one.element_size():  # one row is contiguous where it lies
+            part = part.clone()
         tensors.append(part.view(one.dtype).view(part.shape[0], *one.shape[1:]))
         first += width
     return tensors

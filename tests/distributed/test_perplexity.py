@@ -146,6 +146,32 @@ def test_bound_m(ranks: ThreadRanks, size: int, backend: str) -> None:
     on_ranks(ranks, size, one)
 
 
+@pytest.mark.parametrize("backend", ["all_to_all", "all_gather", "nvlink"])
+def test_one_row_behind_an_odd_number_of_bytes(ranks: ThreadRanks, backend: str) -> None:
+    """A single fp8 row of 6 columns: what follows it in its message begins where an int32 cannot."""
+    one_token = Tokens(*(part[:1] for part in vars(make_tokens(3, 4, dtype=torch.float8_e4m3fn)).values()))
+    one_token.ids_TK[:] = torch.tensor([[-1, 5, -1]])
+    tokens = [one_token, make_tokens(0, 0, dtype=torch.float8_e4m3fn)]
+
+    def one(context: ParallelContext | None) -> None:
+        rank = rank_of(context)
+        layer = make(context, config=config_of(backend, deadline_s=5), in_dtype=torch.float8_e4m3fn)
+        out = make_out(E // 2, MOST, padded=True, dtype=torch.float8_e4m3fn)
+        given = inputs(tokens[rank])
+        layer.dispatch(**out.arguments(prob=True, scale=False), **given)
+        out.scale[...] = FILL
+        places = check_buffers(out, tokens, rank, alignment=1, prob=True, scale=False)
+        assert len(places) == rank
+        y = run_experts(places, Out(out.count_L, out.x, out.prob, torch.zeros_like(out.scale)))
+        result = torch.full((1, H), float(FILL), dtype=torch.float64)
+        layer.combine(out_tokens=result, indices=given["indices"], weights=given["weights"], expert_y=y)
+        plain = Tokens(one_token.x_TH, torch.zeros(1, S), one_token.ids_TK, one_token.w_TK)
+        if rank == 0:
+            torch.testing.assert_close(result, combined(plain, plain.w_TK), rtol=1e-12, atol=1e-12)
+
+    on_ranks(ranks, 2, one)
+
+
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("backend", ["auto", "all_gather", "replicated", "nvlink"])
 def test_accumulate(ranks: ThreadRanks, size: int, backend: str) -> None:
