@@ -9,7 +9,8 @@ Precision: scales fp32 (largest magnitude / 127 or / 448), round to nearest even
 products are
 exact, and so are their sums up to 1040 inputs; fp8 is emulated by dequantising, which hardware does after every block
 of
-128. The activation and the routing probability stay fp32. Quantised weights are kept until a parameter changes.
+128. The activation and the routing probability stay fp32. Quantised weights are kept until a value of a parameter
+changes, which is found by reading them: writing to `.data`, as weight syncs of rollout engines do, counts no version.
 
 n rows of an expert, N rows, D hidden, F width, L local experts, B blocks of 128.
 """
@@ -29,6 +30,7 @@ FORMATS = ("int8", "fp8_1x128")
 BLOCK = 128
 INT8_MAX = 127.0
 FP8_MAX = 448.0
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def dequantized(x: Tensor, weight_format: str) -> Tensor:
@@ -52,6 +54,13 @@ def _scale(x: Tensor, largest: float) -> Tensor:
     return torch.where(peak > 0, peak, 1.0)
 
 
+def _fingerprint(weight: Tensor) -> int:
+    """A sum over the bits of a contiguous weight `[..., C]` that knows its rows; reads one number on the host."""
+    bits = weight.detach().view(_BITS[weight.element_size()])
+    rows_N = bits.sum(dim=-1, dtype=torch.int64).flatten()
+    return int((rows_N * torch.arange(1, rows_N.numel() + 1, device=weight.device)).sum())
+
+
 @dataclass
 class QuantizedWeights:
     """Dequantised weights of one module, made again when its parameters were written to."""
@@ -62,7 +71,7 @@ class QuantizedWeights:
     def of(self, weights: Weights, weight_format: str) -> Weights:
         """The weights after quantisation, fp32."""
         tensors = (weights.gate_up, weights.down)
-        key = (weight_format, *((t.data_ptr(), t._version, t.device, tuple(t.shape)) for t in tensors))
+        key = (weight_format, *((_fingerprint(t), t.dtype, t.device, tuple(t.shape)) for t in tensors))
         if self.weights is None or self.key != key:
             with torch.no_grad():
                 gate_up, down = (dequantized(t, weight_format) for t in tensors)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -130,6 +131,41 @@ def test_weights_follow_an_update_and_copies_start_afresh() -> None:
             assert twin.experts._quantized.weights is None
             assert torch.equal(twin(x), 2 * before)
     assert list(layer.state_dict()) == list(make_layer("input").state_dict())
+
+
+def _write(parameter: torch.Tensor) -> None:
+    parameter.copy_(torch.randn_like(parameter))
+
+
+def _write_to_data(parameter: torch.Tensor) -> None:
+    parameter.data.copy_(torch.randn_like(parameter))
+
+
+def _write_one_value(parameter: torch.Tensor) -> None:
+    parameter.data[1, 2, 3] += 1.0
+
+
+def _swap_experts(parameter: torch.Tensor) -> None:
+    parameter.data.copy_(parameter.flip(0))
+
+
+def _replace_data(parameter: torch.Tensor) -> None:
+    parameter.data = torch.randn_like(parameter)
+
+
+@pytest.mark.parametrize("write", [_write, _write_to_data, _write_one_value, _swap_experts, _replace_data])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_way_of_writing_is_seen(write: Callable[[torch.Tensor], None], dtype: torch.dtype) -> None:
+    layer = make_layer("int8").to(dtype)
+    x = torch.randn(T, D, dtype=dtype)
+    with torch.no_grad():
+        before = layer(x)
+        kept = layer.experts._quantized.weights
+        assert torch.equal(layer(x), before) and layer.experts._quantized.weights is kept
+        for parameter in (layer.experts.gate_up_proj, layer.experts.down_proj):
+            write(parameter)
+        fresh = copy.deepcopy(layer)
+        assert torch.equal(layer(x), fresh(x)) and not torch.equal(layer(x), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
