@@ -74,6 +74,7 @@ class MoELayer(nn.Module):
         self._share: TokenShare | None
         self.bind(None)
         self.reset_parameters()
+        self.register_load_state_dict_post_hook(_join_packed)
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> MoELayer:
@@ -347,6 +348,11 @@ class MoELayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.bind(None, layer_index=self.layer_index)
+
+
+def _join_packed(layer: MoELayer, _: Any) -> None:
+    """After `load_state_dict(assign=True)`, which takes every weight where the state dict has it."""
+    layer._pack()
 
 
 def _check_boundaries(cu_seqlens: Tensor, num_tokens: int) -> None:

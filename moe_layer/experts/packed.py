@@ -47,7 +47,7 @@ def pack(experts: Experts, shared: SharedExpert) -> None:
     """Make the parameters views of joint storages, unless they are. Copies each weight once; identities stay."""
     owners = _owners(experts, shared)
     local = [local_part(owner.detach()) for owner in owners]
-    if local[0].is_meta or _joint(*local) is not None:
+    if any(value.is_meta for value in local) or _joint(*local) is not None:
         return
     gate_up_1L, down_1L = _empty_joint(local[0]), _empty_joint(local[3])
     width = owners[1].shape[0]
@@ -82,7 +82,7 @@ def _packed_weights(tensors: tuple[Tensor, ...]) -> Weights:
     if weights is None:
         raise RuntimeError(
             "shared_expert.mode is packed, but the shared expert's weights no longer lie beside the routed ones in one "
-            "storage (FSDP moved them, or load_state_dict(assign=True)); call layer.bind(layer.router.context), keep "
+            "storage (FSDP or an assignment moved one); call layer.bind(layer.router.context), keep "
             "them out of FSDP (ignored_params), or set shared_expert.mode to overlap"
         )
     return weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_layer import MoELayer
-from moe_layer.config import BalanceConfig, RouterConfig
-from tests.unit.test_layer import LOSSES, D, E, K, make_config, make_layer
+from moe_layer import MoEConfig, MoELayer
+from moe_layer.config import BalanceConfig, RouterConfig, SharedExpertConfig
+from tests.unit.test_layer import LOSSES, D, E, F, K, make_config, make_layer
 
 CONFIG = make_config(
     router=RouterConfig(num_experts=E, top_k=K, score_function="sigmoid", expert_bias=True),
@@ -72,11 +73,18 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
         torch.testing.assert_close(found[name], value, msg=lambda text, n=name: f"{n}: {text}")
 
 
-@pytest.mark.parametrize("fill", [to_empty, assign, assign_strictly_cast, one_by_one])
-def test_memory_after_construction(fill: Callable[[nn.Module, dict[str, Tensor]], None]) -> None:
-    layer = make_layer(CONFIG)
+PACKED = dataclasses.replace(CONFIG, shared_expert=SharedExpertConfig(intermediate_size=F, mode="packed"))
+CASES = [
+    *((CONFIG, fill) for fill in (to_empty, assign, assign_strictly_cast, one_by_one)),
+    *((PACKED, fill) for fill in (to_empty, assign)),
+]
+
+
+@pytest.mark.parametrize(("config", "fill"), CASES)
+def test_memory_after_construction(config: MoEConfig, fill: Callable[[nn.Module, dict[str, Tensor]], None]) -> None:
+    layer = make_layer(config)
     layer.router.expert_bias.normal_().copy_(layer.router.expert_bias.bfloat16())
-    meta = MoELayer(CONFIG, device="meta", dtype=torch.float64)
+    meta = MoELayer(config, device="meta", dtype=torch.float64)
     fill(meta, copy.deepcopy(layer.state_dict()))
     assert_same(two_steps(meta), two_steps(layer))
 
