@@ -134,7 +134,8 @@ def _pad_last(ids: Tensor, weights: Tensor | None, expected: int, source: str) -
         raise TraceError(
             f"{source} returned {rows} rows for {expected} tokens, must be {expected} or {expected - 1} (the "
             "last sampled "
-            "token is never run); the request was truncated, resumed twice, or start was ignored"
+            "token is never run); the request was truncated, resumed twice, or start was ignored (to train on fewer "
+            "tokens, read all of them and take trace.rows(0, n))"
         )
     ids = torch.cat((ids, ids.new_full((1, *ids.shape[1:]), -1)))
     return ids, None if weights is None else torch.cat((weights, weights.new_zeros(1, *weights.shape[1:])))
