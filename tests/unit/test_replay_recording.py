@@ -128,6 +128,17 @@ def test_recording_and_replaying_in_chunks() -> None:
     assert torch.equal(torch.cat(parts), torch.cat(again))
 
 
+def test_micro_batches_of_one_record_by_their_maps() -> None:
+    """Tokens regrouped with pads: the joined maps bring every row to its place."""
+    model, x = make_model(), batch().flatten(0, 1)
+    maps = [torch.tensor([[7, 2, -1], [0, 11, 4]]), torch.tensor([5, 1, 3, 10]), torch.tensor([8, -1, 6, 9])]
+    with RoutingSession(model) as session, session.record() as recording:
+        for index in maps:
+            model(x[index.clamp(min=0)])
+    trace = recording.trace(torch.cat([index.flatten() for index in maps]), num_tokens=T)
+    assert torch.equal(trace.wide_ids(), record(make_model(), x).wide_ids())
+
+
 def test_static_recording_takes_each_launch_home() -> None:
     model = make_model()
     session = RoutingSession(model)
