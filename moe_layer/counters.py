@@ -27,6 +27,7 @@ class CountingModule(nn.Module):
     weight: Tensor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CountingModule:
+        self._catch_up()
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, old in before.items():
@@ -45,12 +46,19 @@ class CountingModule(nn.Module):
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
         super()._load_from_state_dict(*arguments, **options)
-        device = self.weight.device
         for name, buffer in list(self.named_buffers(recurse=False)):
             if name in _FP32 and buffer.dtype in (torch.bfloat16, torch.float16):  # assigned as a program cast it
                 setattr(self, name, buffer.float())
-            elif buffer.is_meta and name in self._non_persistent_buffers_set:
-                setattr(self, name, torch.empty_like(buffer, device=device))
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Memory for counters where the weight has got some without them (accelerate's loaders)."""
+        if self.weight.is_meta:
+            return
+        for name in self._non_persistent_buffers_set:
+            buffer = getattr(self, name)
+            if buffer.is_meta:
+                setattr(self, name, torch.empty_like(buffer, device=self.weight.device))
 
     def _start(self, name: str) -> None:
         """Saved buffers have the value that was just loaded, or wait for it."""

@@ -30,6 +30,7 @@ def step_hooks(model: nn.Module, optimizer: torch.optim.Optimizer, *, check: boo
 
     Args:
         model: holds MoELayers, or blocks that `replace_moe_blocks` made.
+        optimizer: torch's, or a wrapper that holds one as `.optimizer`.
         check: False leaves `check()` out, which synchronises on CUDA; call it yourself now and then.
 
     Raises:
@@ -47,7 +48,8 @@ def step_hooks(model: nn.Module, optimizer: torch.optim.Optimizer, *, check: boo
         for layer in layers:
             layer.update_bias()
 
-    handles = [optimizer.register_step_post_hook(after)]
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's and Lightning's wrappers keep no hooks themselves
+    handles = [inner.register_step_post_hook(after)]
     if check:
-        handles.append(optimizer.register_step_pre_hook(before))
+        handles.append(inner.register_step_pre_hook(before))
     return StepHooks(*handles)

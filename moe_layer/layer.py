@@ -286,11 +286,12 @@ class MoELayer(nn.Module):
         if not x.is_floating_point():
             raise RoutingError(f"x must be floating, got {x.dtype}; embed token ids first")
         weight = self.router.weight
-        if weight.is_meta:
+        offloaded = weight.is_meta and hasattr(self.router, "_hf_hook")  # accelerate brings weights module by module
+        if weight.is_meta and not offloaded:
             raise RoutingError('the layer is on device "meta"; call to_empty(device=...) and reset_parameters() first')
-        if x.device != weight.device:
+        if x.device != weight.device and not offloaded:
             raise RoutingError(f"x is on {x.device} and the layer on {weight.device}; move one of them")
-        dtype = self.experts.gate_up_proj.dtype
+        dtype = getattr(self.experts, "gate_up_proj", x).dtype  # PEFT's wrapper has none and checks inside
         if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
             raise RoutingError(
                 f"x is {x.dtype} and the experts' weights {dtype}; convert one of them with .to(), or run under "

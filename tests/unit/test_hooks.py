@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -22,10 +26,11 @@ def backward(net: nn.Module) -> None:
     net(torch.randn(7, D, dtype=torch.float64)).sum().backward()
 
 
-def test_a_step_moves_the_biases_of_every_layer_once() -> None:
+@pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, lambda optimizer: SimpleNamespace(optimizer=optimizer)])
+def test_a_step_moves_the_biases_of_every_layer_once(wrap: Callable[[Any], Any]) -> None:
     net = model()
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
-    hooks = step_hooks(net, optimizer)
+    hooks = step_hooks(net, wrap(optimizer))
     backward(net)
     assert not net[1].router.expert_bias.any()
     optimizer.step()

@@ -361,6 +361,27 @@ def test_global_loss_compiled_with_recompute():
     torch.testing.assert_close(grads[2:], grads[:2])
 
 
+class _Wrapped(torch.nn.Module):
+    """What PEFT's target_parameters puts in the place of the experts: it has none of their attributes."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, *arguments, **options):
+        return self.base_layer(*arguments, **options)
+
+
+def test_wrapped_experts():
+    layer = make_layer(make_config(), dtype=torch.float32)
+    x = torch.randn(5, D)
+    y = layer(x)
+    layer.experts = _Wrapped(layer.experts)
+    assert torch.equal(layer(x), y)
+    with pytest.raises(TypeError, match=r"received.rows is torch.bfloat16 and experts.gate_up_proj torch.float32"):
+        layer(x.bfloat16())
+
+
 def test_amp_leaves_the_router_in_fp32():
     layer = make_layer(make_config(), dtype=torch.float32)
     x = torch.randn(6, D)

@@ -73,9 +73,21 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
         torch.testing.assert_close(found[name], value, msg=lambda text, n=name: f"{n}: {text}")
 
 
+def parameters_alone(meta: nn.Module, saved: dict[str, Tensor]) -> None:
+    """As accelerate's load_checkpoint_and_dispatch does it, which then moves the model."""
+    for path, module in meta.named_modules():
+        prefix = f"{path}." if path else ""
+        for holder in (module._parameters, module._buffers):
+            for name, value in holder.items():
+                if value is not None and prefix + name in saved:
+                    new = saved[prefix + name]
+                    holder[name] = nn.Parameter(new) if holder is module._parameters else new
+    meta.to("cpu")
+
+
 PACKED = dataclasses.replace(CONFIG, shared_expert=SharedExpertConfig(intermediate_size=F, mode="packed"))
 CASES = [
-    *((CONFIG, fill) for fill in (to_empty, assign, assign_strictly_cast, one_by_one)),
+    *((CONFIG, fill) for fill in (to_empty, assign, assign_strictly_cast, one_by_one, parameters_alone)),
     *((PACKED, fill) for fill in (to_empty, assign)),
 ]
 
@@ -109,3 +121,30 @@ def test_from_pretrained(tmp_path: Path) -> None:
     model.moe.router.expert_bias.normal_()
     model.save_pretrained(tmp_path)
     assert_same(two_steps(Model.from_pretrained(tmp_path).train()), two_steps(model))
+
+
+def test_weights_that_are_there_only_while_their_module_runs() -> None:
+    """As accelerate's cpu_offload does it."""
+    config = dataclasses.replace(CONFIG, shared_expert=SharedExpertConfig(intermediate_size=F, gate=True))
+    layer = make_layer(config).eval()
+    x = torch.randn(9, D, dtype=torch.float64)
+    y = layer(x)
+    for module in list(layer.modules()):
+        weights = dict(module.named_parameters(recurse=False))
+        if not weights:
+            continue
+
+        def bring(owner: nn.Module, _: Any, weights: dict[str, nn.Parameter] = weights) -> None:
+            owner._parameters.update(weights)
+
+        def take(owner: nn.Module, *_: Any) -> None:
+            for name, value in owner.named_parameters(recurse=False):
+                owner._parameters[name] = nn.Parameter(value.to("meta"))
+
+        module._hf_hook = None  # type: ignore[assignment]
+        take(module)
+        module.register_forward_pre_hook(bring)
+        module.register_forward_hook(take)
+    with torch.no_grad():
+        assert torch.equal(layer(x), y)
+    assert all(parameter.is_meta for parameter in layer.parameters())
