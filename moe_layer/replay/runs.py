@@ -167,11 +167,10 @@ class Compared:
 class UnboundGuard:
     """Notices a layer that replayed, is recomputed, and finds no frame: its gradients would be those of other experts.
 
-    With grad enabled the replayed forward leaves a token in its graph: while that graph lives, an unbound recompute
-    is an
-    error. Reentrant checkpointing runs its first forward without grad, where there is no graph: there one such
-    forward in
-    training mode is enough, until the session is closed.
+    With grad enabled the replayed forward leaves a token in its graph: while that graph lives, an unbound recompute is
+    an error. Reentrant checkpointing runs its first forward without grad, and a frozen router whose input needs no
+    gradient has no graph either, whatever its experts have: there one such forward in training mode is enough, until
+    the session is closed.
     """
 
     def __init__(self) -> None:
@@ -186,7 +185,7 @@ class UnboundGuard:
             self._alive += 1
             node: Any = weights_TK.grad_fn
             node.metadata["moe_layer.replay"] = _Token(self)
-        elif training and not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        elif training and not torch.is_inference_mode_enabled():
             self._without_grad = True
 
     def check(self, name: str) -> None:

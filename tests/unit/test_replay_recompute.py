@@ -97,6 +97,27 @@ def test_unbound_recompute_raises(reentrant: bool, inside: bool) -> None:
             loss.backward()
 
 
+def test_unbound_recompute_under_a_frozen_router() -> None:
+    """Nothing that the router makes is in the graph, but the experts' gradients are those of its choice."""
+    model = make_model(aux=False)
+    for block in model.blocks:
+        block.requires_grad_(False)
+    layer, x = model.blocks[1].moe, batch()
+    layer.experts.requires_grad_(True)
+    session = RoutingSession(model)
+
+    def step(run: Any) -> dict[str, Tensor]:
+        with session.replay(make_trace(seed=3)):
+            loss = loss_of(model(x, run))
+        loss.backward()
+        return grads(model)
+
+    want = step(None)
+    assert_same(step(lambda b, x: checkpoint(b, x, use_reentrant=False, context_fn=session.context_fn)), want)
+    with pytest.raises(RoutingError, match=r"'blocks.1.moe' recomputes without replay binding"):
+        step(lambda b, x: checkpoint(b, x, use_reentrant=False))
+
+
 def test_guard_lets_others_pass() -> None:
     """Live training with checkpointing, before and after a replay without it, raises nothing."""
     model = make_model()
