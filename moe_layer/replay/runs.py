@@ -169,12 +169,12 @@ class UnboundGuard:
 
     With grad enabled the replayed forward leaves a token in its graph: while that graph lives, an unbound recompute is
     an error. Reentrant checkpointing runs its first forward without grad, and a frozen router whose input needs no
-    gradient has no graph either, whatever its experts have: there one such forward in training mode is enough, until
-    the session is closed.
+    gradient has no graph either, whatever its experts have: there one such forward is enough, until the session is
+    closed, for recomputes in the same mode (log probabilities are often taken in `eval()`, with nothing to recompute).
     """
 
     def __init__(self) -> None:
-        self._without_grad = False
+        self._without_grad: set[bool] = set()
         self._alive = 0
 
     def note(self, weights_TK: Tensor, *, training: bool) -> None:
@@ -185,16 +185,16 @@ class UnboundGuard:
             self._alive += 1
             node: Any = weights_TK.grad_fn
             node.metadata["moe_layer.replay"] = _Token(self)
-        elif training and not torch.is_inference_mode_enabled():
-            self._without_grad = True
+        elif not torch.is_inference_mode_enabled():
+            self._without_grad.add(training)
 
-    def check(self, name: str) -> None:
+    def check(self, name: str, *, training: bool) -> None:
         """Before an unbound forward inside a backward pass.
 
         Raises:
             RoutingError: this layer has replayed forwards in flight that nobody bound.
         """
-        if self._alive > 0 or self._without_grad:
+        if self._alive > 0 or training in self._without_grad:
             raise RoutingError(
                 f"layer {name!r} recomputes without replay binding, so its gradient would belong to other "
                 "experts than its "

@@ -308,8 +308,12 @@ class _Tap(NotCopied):
         for run, done in frame.parts:
             run.observe(self._index, done, routed)
         if frame.replays and not frame.protected:
-            router = self._router()
-            self._guard.note(routed.weights_TK, training=router is not None and router.training)
+            self._guard.note(routed.weights_TK, training=self._training)
+
+    @property
+    def _training(self) -> bool:
+        router = self._router()
+        return router is not None and router.training
 
     def _frame(self) -> Frame:
         """The open blocks, unless this is a recompute that nobody bound to them."""
@@ -318,7 +322,7 @@ class _Tap(NotCopied):
             return Frame()
         frame = session._top() or Frame()
         if is_recomputing() and not frame.recompute:
-            self._guard.check(session.layers[self._index])
+            self._guard.check(session.layers[self._index], training=self._training)
             return Frame(recompute=True)
         return frame
 

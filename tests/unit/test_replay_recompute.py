@@ -6,6 +6,7 @@ import gc
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -95,6 +96,25 @@ def test_unbound_recompute_raises(reentrant: bool, inside: bool) -> None:
             with session.replay(make_trace(seed=3)):
                 loss = loss_of(model(x, run))
             loss.backward()
+
+
+def test_modes_of_a_guard_without_a_graph() -> None:
+    """Reentrant checkpoints hide the graph in `eval()` as well; log probabilities taken there disturb no training."""
+    model = make_model()
+    session = RoutingSession(model)
+
+    def run(block: Any, x: Tensor) -> Tensor:
+        return checkpoint(block, x, use_reentrant=True)
+
+    with torch.no_grad(), session.replay(make_trace(seed=3)):
+        model.eval()(batch())
+    loss_of(model.train()(batch().requires_grad_(), run)).backward()  # live, in the other mode
+    session.close()
+    session = RoutingSession(model.eval())
+    with session.replay(make_trace(seed=3)):
+        loss = loss_of(model(batch().requires_grad_(), run))
+    with pytest.raises(RoutingError, match="recomputes without replay binding"):
+        loss.backward()
 
 
 def test_unbound_recompute_under_a_frozen_router() -> None:
