@@ -46,7 +46,7 @@ class MoELayer(nn.Module):
             or `load_state_dict`, or `load_state_dict(assign=True)` alone.
 
     Raises:
-        ConfigError: `kernels: cuda` without the compiled library.
+        ConfigError: another kind of config or dtype, or `kernels: cuda` without the compiled library.
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class MoELayer(nn.Module):
         super().__init__()
         if not isinstance(config, MoEConfig):
             raise ConfigError(f"config must be a MoEConfig, got {type(config).__name__}; use load_config(path)")
-        if dtype is not None and not dtype.is_floating_point:
-            raise ConfigError(f"dtype must be floating, got {dtype}; use torch.bfloat16 or torch.float32")
+        if dtype not in (None, torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            raise ConfigError(f"dtype must be torch.bfloat16, float16, float32 or float64, got {dtype!r}")
         require_kernels(config.kernels)
         self.config = config
         where: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -10,7 +10,7 @@ T tokens, D hidden, E experts, K top-k, S sequences.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsFloat
 
 import torch
 import torch.distributed as dist
@@ -338,9 +338,11 @@ class Router(CountingModule):
         """Factor on the attached losses' gradients, one number; a tensor stays on its device.
 
         Raises:
-            ValueError: a tensor of several numbers, or a number that is not finite.
+            ValueError: no number, several, or one that is not finite.
         """
         if not isinstance(scale, Tensor):
+            if not isinstance(scale, SupportsFloat):
+                raise ValueError(f"scale must be a number or a tensor, got {type(scale).__name__}")
             scale = torch.tensor(float(scale))
             if not bool(torch.isfinite(scale)):
                 raise ValueError(f"scale must be finite, got {float(scale)}; it multiplies the losses' gradients")

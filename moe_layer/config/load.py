@@ -65,6 +65,11 @@ def load_with_origins(
     kind: type[MoEConfig] | type[TrainConfig] | None = None,
 ) -> LoadedConfig:
     """`load_config`, and where each value came from."""
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        raise ConfigError(
+            f"path must be a YAML file's path or a preset's name, got {type(path).__name__}; give values as overrides "
+            "of one, or make a MoEConfig of them"
+        )
     problems: Problems = []
     root = _load_tree(os.fsdecode(path), relative_to=None, chain=(), problems=problems)
     found = kind_of(root)

@@ -57,7 +57,27 @@ def test_padding_after_the_last_sequence_is_allowed() -> None:
     ("call", "kind", "text"),
     [
         (lambda: MoELayer(config(), device="meta")(torch.zeros(1, 16)), RoutingError, 'device "meta"; call to_empty'),
-        (lambda: MoELayer(config(), dtype=torch.int32), ConfigError, "dtype must be floating, got torch.int32"),
+        (
+            lambda: MoELayer(config(), dtype=torch.int32),
+            ConfigError,
+            r"dtype must be torch\.bfloat16, .* got torch\.int32",
+        ),
+        (
+            lambda: MoELayer(config(), dtype="bfloat16"),
+            ConfigError,
+            r"dtype must be torch\.bfloat16, .* got 'bfloat16'",
+        ),
+        (lambda: MoELayer(config(), dtype=torch.float8_e4m3fn), ConfigError, r"float64, got torch\.float8_e4m3fn"),
+        (
+            lambda: MoELayer(config()).set_loss_scale(None),
+            ValueError,
+            "scale must be a number or a tensor, got NoneType",
+        ),
+        (
+            lambda: load_config({"hidden_size": 8}),
+            ConfigError,
+            "or a preset's name, got dict; give values as overrides of one",
+        ),
         (lambda: MoELayer(config()).set_loss_scale(float("nan")), ValueError, "scale must be finite, got nan"),
         (lambda: MoELayer(config()).set_loss_scale(torch.ones(3)), ValueError, r"one number, got .* \(3,\)"),
         (lambda: MoELayer(config()).warmup(-1), ValueError, "num_tokens must be at least 0, got -1"),
