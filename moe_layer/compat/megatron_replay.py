@@ -12,7 +12,8 @@ which
 takes them first in, first out. That order is right for 1F1B schedules with one recompute per layer and forward, and
 wrong for
 two forwards followed by one backward: `RoutingSession` has no such condition. Where Megatron fails silently we raise:
-nothing to replay, another number of tokens or K, a recompute under REPLAY_FORWARD with several micro-batches queued.
+nothing to replay, another number of tokens or K, a recompute under REPLAY_FORWARD with several micro-batches queued, or
+under no action with some.
 
 Deviations: ids of -1 are routed live, and so are rows where `replay_mask` is False. verl adds that argument to
 `set_target_indices` (volcengine/verl, verl/utils/megatron/router_replay_patch.py: R3 keeps the last row of a sequence
@@ -222,6 +223,12 @@ class RouterReplay(NotCopied):
                 )
             ids = self.replay_backward_list.pop(0)
         else:
+            if action is None and self.replay_backward_list and is_recomputing():
+                raise RoutingError(
+                    f"layer {self.name!r} recomputes without an action while {len(self.replay_backward_list)} "
+                    "micro-batches are queued, so its gradient would belong to other experts than its forward; set "
+                    "REPLAY_BACKWARD before the backward, or clear_global_indices() when nothing was replayed"
+                )
             return replay
         if replay is not None:
             raise RoutingError(

@@ -183,6 +183,14 @@ def test_megatron_raises_where_the_original_is_silent() -> None:
         losses.append(model(batch(), lambda b, x: checkpoint(b, x, use_reentrant=False)).sum())
     with pytest.raises(RoutingError, match="set REPLAY_BACKWARD before the backward"):
         (losses[0] + losses[1]).backward()
+    RouterReplay.clear_global_indices()
+    RouterReplay.set_replay_data(layers_of(0))
+    loss = model(batch(), lambda b, x: checkpoint(b, x, use_reentrant=False)).sum()
+    RouterReplay.clear_global_router_replay_action()
+    with pytest.raises(RoutingError, match="recomputes without an action while 1 micro-batches"):
+        loss.backward()
+    RouterReplay.clear_global_indices()
+    model(batch(), lambda b, x: checkpoint(b, x, use_reentrant=False)).sum().backward()  # live
 
 
 # ---- mojo_opset -----------------------------------------------------------------------------------------------------
