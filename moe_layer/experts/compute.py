@@ -75,6 +75,8 @@ def run_backward(
             targets,
             need_x=needs[0],
         )
+        if torch.is_anomaly_enabled() and not torch.compiler.is_compiling():
+            d_x, d_probs = (None if values is None else _defined(values, layout) for values in (d_x, d_probs))
         if d_x is not None:
             d_x = to_source_rows(d_x, layout, spec)
         d_weights = tuple(
@@ -82,6 +84,14 @@ def run_backward(
             for target, main_grad in zip(targets[:4], main_grads, strict=True)
         )
         return (d_x, d_probs if needs[1] else None, *d_weights)
+
+
+def _defined(values_N: Tensor, layout: Layout) -> Tensor:
+    """Zeros in the pads and the tail, where `torch.autograd.detect_anomaly` would take undefined values for ours."""
+    row_N = torch.arange(values_N.shape[0], device=values_N.device)
+    expert_N = torch.searchsorted(layout.offsets[1:], row_N, right=True).clamp(max=layout.counts.shape[0] - 1)
+    there_N = row_N - layout.offsets[expert_N] < layout.counts[expert_N]
+    return torch.where(there_N.view(-1, *[1] * (values_N.ndim - 1)), values_N, 0)
 
 
 def _targets(weights: Weights, needs: Sequence[bool], main_grads: Sequence[Tensor | None]) -> WeightTargets:

@@ -232,6 +232,25 @@ def test_runs_twice_with_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(first, gradients(layer, x, layer, upstream), strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("dispatch", [DispatchConfig(), DispatchConfig(alignment=16)], ids=["compact", "aligned"])
+@pytest.mark.parametrize("backend", ["reference", "grouped_mm"])
+def test_anomaly_detection_finds_nothing_where_nothing_is_wrong(backend, dispatch):
+    """Rows that belong to nobody may hold NaN; here torch.empty does."""
+    experts = ExpertsConfig(intermediate_size=F, init_std=0.3, backend=backend)
+    layer = make_layer(make_config(experts=experts, dispatch=dispatch), dtype=torch.float32)
+    x, upstream = torch.randn(9, D, requires_grad=True), torch.randn(9, D)
+    valid = torch.arange(9) % 3 > 0
+    plain = gradients(layer, x, lambda x: layer(x, valid=valid), upstream)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.autograd.detect_anomaly():
+            checked = gradients(layer, x, lambda x: layer(x, valid=valid), upstream)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(plain, checked, strict=True))
+
+
 @pytest.mark.parametrize("shared", [None, "overlap", "packed"])
 @pytest.mark.parametrize("of", ["x", "parameters"])
 def test_a_second_derivative_is_an_error_not_a_zero(of, shared):
