@@ -25,6 +25,8 @@ FIRST_CHUNK, LARGEST_CHUNK = 1 << 16, 1 << 24
 class Recording:
     """What one `record` block saw. `trace()` waits for the last copy."""
 
+    _nothing = "no layer ran inside record(); run the model in it before the block ends"
+
     def __init__(self, spec: TraceSpec, *, weights: bool) -> None:
         self.spec = spec
         self._keeps_weights = weights
@@ -92,7 +94,7 @@ class Recording:
         """Every layer has run over the same tokens, else rows cannot be lined up."""
         shapes = [tuple(call[0].shape[0] for call in calls) for calls in self._calls]
         if not any(shapes):
-            raise TraceError("no layer ran inside record(); run the model in it before the block ends")
+            raise TraceError(self._nothing)
         for name, shape in zip(self.spec.layers, shapes, strict=True):
             if shape != shapes[0] or not shape:
                 raise TraceError(
@@ -164,6 +166,8 @@ class Recording:
 class StaticRecording(Recording):
     """Device buffers `[L, max_tokens, K]` that live as long as this object; use it with CUDA graphs."""
 
+    _nothing = "nothing was taken home; call commit(num_tokens) after each launch"
+
     def __init__(self, spec: TraceSpec, *, max_tokens: int, device: torch.device) -> None:
         super().__init__(spec, weights=False)
         layers = len(spec.layers)
@@ -171,11 +175,15 @@ class StaticRecording(Recording):
             self.ids = torch.zeros(layers, max_tokens, spec.top_k, dtype=spec.dtype, device=device)
             self.routed = torch.ones(layers, max_tokens, dtype=torch.bool, device=device)
         self._masked = False
+        self._most = [0] * layers  # tokens of the layer's largest call: rows behind them were never written
 
     def add(self, layer: int, routed: Routed) -> None:
         T = routed.ids_TK.shape[0]
         if T > self.ids.shape[1]:
             raise TraceError(f"record has room for {self.ids.shape[1]} tokens and the layer ran {T}; raise max_tokens")
+        # A compiled graph may have been traced with another T.
+        most = self.ids.shape[1] if torch.compiler.is_compiling() else T
+        self._most[layer] = max(self._most[layer], most)
         self.ids[layer, :T].copy_(routed.ids_TK)
         if routed.valid_T is not None:
             self._masked = True
@@ -187,12 +195,19 @@ class StaticRecording(Recording):
         """Take home the first `num_tokens` rows of every layer, on the stream of the launch before; does not wait.
 
         Raises:
-            TraceError: more rows than `max_tokens`, or inside a capture.
+            TraceError: more rows than `max_tokens`, or than some layer ever ran, or inside a capture.
         """
         if is_capturing(self.ids):
             raise TraceError("a CUDA graph cannot capture commit(); call it after each launch of the graph")
         if not 0 <= num_tokens <= self.ids.shape[1]:
             raise TraceError(f"commit({num_tokens}) of buffers for {self.ids.shape[1]} tokens; raise max_tokens")
+        least = min(self._most)
+        if num_tokens > least:
+            name = self.spec.layers[self._most.index(least)]
+            raise TraceError(
+                f"commit({num_tokens}), but layer {name!r} ran over at most {least} tokens; run or capture "
+                "the whole model inside record(), and commit the tokens of its launch"
+            )
         ids = self._to_host(self.ids[:, :num_tokens], self.ids.dtype)
         routed = self._to_host(self.routed[:, :num_tokens], torch.bool) if self._masked else None
         for layer in range(len(self.spec.layers)):

@@ -217,6 +217,22 @@ def test_a_capture_takes_neither_calls_nor_commits(monkeypatch: pytest.MonkeyPat
         model(batch())
 
 
+def test_static_recording_of_rows_that_nobody_wrote() -> None:
+    """They would be expert 0: after too large a commit, or of a layer that did not run."""
+    model, x = make_model(), batch().flatten(0, 1)
+    with RoutingSession(model) as session, session.record(max_tokens=T) as recording:
+        with pytest.raises(TraceError, match="nothing was taken home; call commit"):
+            recording.trace()
+        model.blocks[0](x)
+        with pytest.raises(TraceError, match=r"commit\(3\), but layer 'blocks.1.moe' ran over at most 0 tokens"):
+            recording.commit(3)
+        model(x[:5])
+        with pytest.raises(TraceError, match=r"commit\(6\), but layer 'blocks.1.moe' ran over at most 5 tokens"):
+            recording.commit(6)
+        recording.commit(4)
+    assert torch.equal(recording.trace().ids, record(make_model(), x[:5]).ids[:4])
+
+
 @pytest.mark.parametrize("static", [False, True])
 def test_the_last_expert_of_a_byte_is_no_missing_slot(static: bool) -> None:
     """256 experts: 255 and -1 stay apart, with masks, with a map, and with neither."""
