@@ -68,7 +68,7 @@ def replace_moe_blocks(
     Raises:
         ImportError: transformers is missing or older than 5.7.
         ConfigError: the model's configuration cannot be honoured.
-        ValueError: no such block, or one with hooks on its experts.
+        ValueError: no such block, or one with hooks on its experts, or dispatched by accelerate (device_map, offload).
     """
     require_transformers()
     from moe_layer.compat.transformers_block import blocks_of, swap

@@ -125,13 +125,18 @@ def swap(block: Any, configure: Callable[[MoEConfig], MoEConfig] | None) -> Tran
 
     Raises:
         ConfigError: a configuration that cannot be honoured, or that was changed in its shapes.
-        ValueError: hooks on the experts.
+        ValueError: hooks on the experts, or accelerate's.
     """
     gate, experts = block.gate, block.experts
     if experts._forward_hooks or experts._forward_pre_hooks:
         raise ValueError(
             f"{type(experts).__name__} has forward hooks, which would see other arguments after the replacement; "
             "remove them, or call replace_moe_blocks before whatever installs them"
+        )
+    if any(hasattr(part, "_hf_hook") for part in (block, gate, experts)):
+        raise ValueError(
+            f"{type(block).__name__} was dispatched by accelerate (device_map, offload), whose hooks would be lost; "
+            "load without device_map, call replace_moe_blocks, then accelerate.dispatch_model"
         )
     derived = moe_config_from_transformers(experts.config)
     config = derived if configure is None else configure(derived)

@@ -218,6 +218,10 @@ def test_what_cannot_be_replaced_says_so() -> None:
     with pytest.raises(ValueError, match="MixtralExperts has forward hooks"):
         ours.replace_moe_blocks(model)
     assert type(model.model.layers[0].mlp).__name__ == "MixtralSparseMoeBlock"
+    model = hf_model("mixtral")
+    model.model.layers[1].mlp.gate._hf_hook = None  # accelerate's mark; its forward is an attribute of the instance
+    with pytest.raises(ValueError, match=r"dispatched by accelerate .* then accelerate\.dispatch_model"):
+        ours.replace_moe_blocks(model)
 
 
 @pytest.mark.parametrize("depth", ["experts function", "block"])
