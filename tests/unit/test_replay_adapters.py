@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import random
@@ -74,6 +75,21 @@ def test_every_source_gives_the_same_trace(source: str) -> None:
     trace = make()
     assert trace.spec.layers == LAYERS and trace.lengths == [wire.TOKENS]
     assert torch.equal(trace.wide_ids(), expected(experts))
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_recorded_weights_follow_their_ids(decoder: bool) -> None:
+    """Of an axis with the dense layers on it too, and with the row of the last token added."""
+    rows = (wire.decoder_rows if decoder else wire.moe_rows)(wire.RUN, 8)
+    ids = np.asarray(rows, dtype=np.uint8)
+    record = {"data": base64.b64encode(ids.tobytes()).decode(), "shape": list(ids.shape), "dtype": "uint8"}
+    weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1))
+    for given in (weights, weights.numpy(), weights.double()):
+        trace = from_prime_rl(record, weights=given, **SMALL)
+        assert torch.equal(trace.wide_ids(), expected(8)) and trace.weights is not None
+        assert torch.equal(trace.weights[:-1], weights[:, [1, 3]] if decoder else weights)
+    with pytest.raises(TraceError, match=r"prime-rl weights have shape \(5, 1, 2\) and its ids"):
+        from_prime_rl(record, weights=weights[:, :1], **SMALL)
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int16, np.uint16, np.uint8, torch.int16, torch.uint8])

@@ -53,6 +53,23 @@ class LayerAxis:
             )
         return cls(layers, (num_decoder_layers, numbers))
 
+    def select(self, rows_RAK: Tensor) -> Tensor:
+        """`[R, L, K]` of ids or weights.
+
+        Raises:
+            TraceError: an axis of another length.
+        """
+        axis = rows_RAK.shape[1]
+        if axis == len(self.layers):
+            return rows_RAK
+        if self.decoder is not None and axis == self.decoder[0]:
+            return rows_RAK[:, list(self.decoder[1])]
+        known = f" or {self.decoder[0]} (all decoder layers)" if self.decoder else ""
+        raise TraceError(
+            f"the record has {axis} layers, expected {len(self.layers)} (MoE layers){known}; name the model's MoE "
+            "layers, and leave draft and MTP layers out"
+        )
+
     def pick(self, ids_RAK: Tensor) -> Tensor:
         """`[R, L, K]`, dense layers left out.
 
@@ -61,17 +78,7 @@ class LayerAxis:
                 the
                 engine did not gather).
         """
-        axis = ids_RAK.shape[1]
-        if axis == len(self.layers):
-            picked = ids_RAK
-        elif self.decoder is not None and axis == self.decoder[0]:
-            picked = ids_RAK[:, list(self.decoder[1])]
-        else:
-            known = f" or {self.decoder[0]} (all decoder layers)" if self.decoder else ""
-            raise TraceError(
-                f"the record has {axis} layers, expected {len(self.layers)} (MoE layers){known}; name the model's MoE "
-                "layers, and leave draft and MTP layers out"
-            )
+        picked = self.select(ids_RAK)
         if picked.shape[0] and picked.shape[2] > 1:
             empty = (picked == 0).all(2).all(0)
             if bool(empty.any()):
@@ -111,7 +118,10 @@ def trace_of_rows(
     """
     if ids_RAK.ndim != 3:
         raise TraceError(f"{source} ids must be [rows, layers, top_k], got {tuple(ids_RAK.shape)}")
+    if weights is not None and weights.shape != ids_RAK.shape:
+        raise TraceError(f"{source} weights have shape {tuple(weights.shape)} and its ids {tuple(ids_RAK.shape)}")
     ids = axis.pick(ids_RAK.to(torch.int64))
+    weights = None if weights is None else axis.select(weights)
     if num_tokens is not None:
         ids, weights = _pad_last(ids, weights, num_tokens - first_position, source)
     return RoutingTrace.from_ids(
