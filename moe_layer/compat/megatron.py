@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from moe_layer.compat.megatron_config import experts_config, moe_config
+from moe_layer.compat.megatron_config import experts_config, moe_config, recomputes_layer
 from moe_layer.compat.mlp import grouped_mlp
 from moe_layer.errors import ConfigError
 from moe_layer.experts.spec import Layout, Weights
@@ -152,7 +153,8 @@ class _MegatronRouter(Router):
 class MegatronMoELayer(nn.Module):
     """Our whole layer with the constructor and forward of Megatron's MoELayer, at expert parallel size 1.
 
-    The losses are scaled by Megatron's `MoEAuxLossAutoScaler` and reported to its tracker.
+    The losses are scaled by Megatron's `MoEAuxLossAutoScaler` and reported to its tracker. `recompute_modules` may name
+    `moe`.
 
     Args:
         config: TransformerConfig. layer_number: 1-based, for the loss tracker. submodules, pg_collection: not needed.
@@ -205,7 +207,11 @@ class MegatronMoELayer(nn.Module):
         if scale is not None:
             self.layer.set_loss_scale(scale)
         valid = None if padding_mask is None else ~padding_mask.bool()
-        y_BSD, routing = self.layer(hidden_states.transpose(0, 1), valid=valid, return_routing=True)
+        arguments: dict[str, Any] = {"valid": valid, "return_routing": True}
+        if self.training and recomputes_layer(self.config):
+            y_BSD, routing = checkpoint(self.layer, hidden_states.transpose(0, 1), use_reentrant=False, **arguments)
+        else:
+            y_BSD, routing = self.layer(hidden_states.transpose(0, 1), **arguments)
         self._report(routing)
         return y_BSD.transpose(0, 1), None
 

@@ -26,6 +26,7 @@ _EXPERT_DEFAULTS: dict[str, Any] = {
     "fp4": None,
     "expert_tensor_parallel_size": 1,
     "delay_wgrad_compute": False,
+    "activation_func_fp8_input_store": False,
 }
 _LAYER_DEFAULTS: dict[str, Any] = {
     "expert_model_parallel_size": 1,
@@ -102,6 +103,14 @@ def moe_config(config: Any) -> MoEConfig:
         shared_expert=SharedExpertConfig(intermediate_size=width, gate=gate) if width else None,
         losses=losses,
         balance=BalanceConfig(bias_update_rate=_get(config, "moe_router_bias_update_rate", 1e-3)),
+    )
+
+
+def recomputes_layer(config: Any) -> bool:
+    """Whether Megatron would compute the whole MoE layer again in backward."""
+    modules = _get(config, "recompute_modules") or ()
+    return (_get(config, "recompute_granularity") == "selective" and "moe" in modules) or bool(
+        _get(config, "moe_layer_recompute")
     )
 
 

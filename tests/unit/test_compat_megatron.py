@@ -137,6 +137,28 @@ def test_the_global_loss_looks_back_to_the_first_micro_batch_of_a_step(monkeypat
         MegatronMoELayer(config)
 
 
+@pytest.mark.parametrize("recompute", [dict(recompute_granularity="selective", recompute_modules=["moe"])])
+def test_whole_layer_recomputes_where_megatron_would(recompute: dict[str, Any]) -> None:
+    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+    tracker = get_moe_layer_wise_logging_tracker()
+    found, runs, logged = [], [], []
+    for changes in ({}, recompute):
+        torch.manual_seed(0)
+        layer = MegatronMoELayer(transformer_config(**(LOSSES | changes)), layer_number=1)
+        calls: list[int] = []
+        layer.layer.experts.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        x_SBD = torch.randn(9, 3, 32, requires_grad=True)
+        tracker.clear()
+        layer(x_SBD)[0].square().sum().backward()
+        logged.append(tracker["load_balancing_loss"]["values"][0].item())
+        runs.append(len(calls))
+        found.append([x_SBD.grad, *(p.grad for p in layer.parameters()), layer.layer.router.tokens_per_expert])
+    tracker.clear()
+    assert runs == [1, 2] and logged[0] == logged[1] != 0
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_whole_layer_masks_padding_and_serves_megatrons_bias_update() -> None:
     from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias
 
@@ -191,6 +213,7 @@ def test_distributed_checkpoints_interchange_with_sequential_mlp(
     [
         (dict(activation_func=F.gelu), "activation_func gelu with clamp None"),
         (dict(gated_linear_unit=False), "gated_linear_unit: False is not supported"),
+        (dict(activation_func_fp8_input_store=True), "activation_func_fp8_input_store: True is not supported"),
         (
             dict(moe_apply_probs_on_input=True, moe_router_topk=1, moe_router_pre_softmax=True),
             "moe_apply_probs_on_input: True",
