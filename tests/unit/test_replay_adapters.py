@@ -205,6 +205,19 @@ LIES: dict[str, tuple[Callable[[], Any], str]] = {
         "recorded in part",
     ),
     "axis of equal numbers": (lambda: LayerAxis.of(["a.1", "b.1"], num_decoder_layers=4), "must differ"),
+    "sglang nothing recorded": (lambda: from_sglang(None, top_k=2, **SMALL), "must be a mapping, got NoneType"),  # type: ignore[arg-type]
+    "prime-rl nothing recorded": (lambda: from_prime_rl(None, **SMALL), "must be a mapping, got NoneType"),  # type: ignore[arg-type]
+    "prime-rl rows below 0": (
+        lambda: from_prime_rl(golden("prime_rl_padded"), recorded_rows=-1, **SMALL),
+        "recorded_rows is -1",
+    ),
+    "layers for an axis": (lambda: _vllm("vllm_0_14", axis=LAYERS), r"LayerAxis, got tuple; use LayerAxis\.of"),
+    "layers for an axis, sglang": (
+        lambda: from_sglang(golden("sglang_int32"), top_k=2, **(SMALL | {"axis": LAYERS})),
+        "LayerAxis, got tuple",
+    ),
+    "axis of other indices": (lambda: LayerAxis(LAYERS, decoder=(4, (1, 4))), "its index below 4"),
+    "axis of fewer indices": (lambda: LayerAxis(LAYERS, decoder=(4, (1,))), "each of the 2 layers"),
     "axis of a string": (lambda: LayerAxis.of("model.layers.1.mlp"), "must be a list of module paths"),
     "axis without layers": (lambda: LayerAxis.of([], num_decoder_layers=4), "layers is empty"),
     "axis without numbers": (lambda: LayerAxis.of(["a", "b"], num_decoder_layers=4), "exactly one number"),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moe_layer.errors import TraceError
-from moe_layer.replay.adapters.rows import LayerAxis, as_position, decode, trace_of_rows
+from moe_layer.replay.adapters.rows import LayerAxis, as_position, check_record, decode, trace_of_rows
 from moe_layer.replay.trace import RoutingTrace
 
 
@@ -41,6 +41,7 @@ def from_prime_rl(
     Raises:
         TraceError: keys that are missing, data that does not decode, rows or layers that do not fit.
     """
+    check_record(routed_experts, "prime-rl")
     missing = [key for key in ("data", "shape", "dtype") if key not in routed_experts]
     if missing:
         raise TraceError(f"prime-rl routed_experts lacks {missing}; it has {sorted(routed_experts)}")
@@ -49,6 +50,8 @@ def from_prime_rl(
         raise TraceError(f"prime-rl sends uint8 or uint16, got {dtype}")
     ids = decode(routed_experts["data"], dtype, routed_experts["shape"], "prime-rl")
     if recorded_rows is not None:
+        if recorded_rows < 0:
+            raise TraceError(f"recorded_rows is {recorded_rows}, must be the rows before the padding, from 0")
         ids = ids.clone()
         ids[recorded_rows:] = -1
     return trace_of_rows(

@@ -32,6 +32,15 @@ class LayerAxis:
     layers: tuple[str, ...]
     decoder: tuple[int, tuple[int, ...]] | None = None
 
+    def __post_init__(self) -> None:
+        if self.decoder is None:
+            return
+        count, indices = self.decoder
+        if len(indices) != len(self.layers) or not all(0 <= index < count for index in indices):
+            raise TraceError(
+                f"decoder {self.decoder} must give each of the {len(self.layers)} layers its index below {count}"
+            )
+
     @classmethod
     def of(cls, layers: Sequence[str], *, num_decoder_layers: int | None = None) -> LayerAxis:
         """From module paths with one number in them (`model.layers.3.mlp`): the number is the decoder index.
@@ -87,6 +96,18 @@ class LayerAxis:
         return picked
 
 
+def check_axis(axis: object) -> None:
+    """Raise TraceError unless the adapter was given a LayerAxis."""
+    if not isinstance(axis, LayerAxis):
+        raise TraceError(f"axis must be a LayerAxis, got {type(axis).__name__}; use LayerAxis.of(layers)")
+
+
+def check_record(record: object, source: str) -> None:
+    """Raise TraceError unless there is a mapping: samples of engines that did not record have None."""
+    if not isinstance(record, Mapping):
+        raise TraceError(f"{source} record must be a mapping, got {type(record).__name__}; it was not recorded")
+
+
 def _layer_number(name: str) -> int:
     numbers = [int(part) for part in name.split(".") if part.isdigit()]
     if len(numbers) != 1:
@@ -116,6 +137,7 @@ def trace_of_rows(
     Raises:
         TraceError: neither S nor S-1 rows, both numbers are named; ids that are no trace.
     """
+    check_axis(axis)
     if ids_RAK.ndim != 3:
         raise TraceError(f"{source} ids must be [rows, layers, top_k], got {tuple(ids_RAK.shape)}")
     if weights is not None and weights.shape != ids_RAK.shape:

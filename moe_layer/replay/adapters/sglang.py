@@ -17,7 +17,15 @@ from typing import Any
 from torch import Tensor
 
 from moe_layer.errors import TraceError
-from moe_layer.replay.adapters.rows import LayerAxis, as_position, as_tensor, decode, trace_of_rows
+from moe_layer.replay.adapters.rows import (
+    LayerAxis,
+    as_position,
+    as_tensor,
+    check_axis,
+    check_record,
+    decode,
+    trace_of_rows,
+)
 from moe_layer.replay.trace import RoutingTrace
 
 
@@ -46,6 +54,8 @@ def from_sglang(
             named.
     """
     start = as_position(start, "sglang")
+    check_axis(axis)
+    check_record(meta_info, "sglang")
     nested = meta_info.get("sgl_ext")
     meta_info = nested if isinstance(nested, Mapping) else meta_info
     data = meta_info.get("routed_experts")
