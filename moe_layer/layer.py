@@ -163,7 +163,8 @@ class MoELayer(nn.Module):
 
         Args:
             x: `[..., D]` floating.
-            valid: bool `[...]`, True for real tokens; the others are neither routed nor counted.
+            valid: bool `[...]`, True for real tokens; the others are neither routed nor counted. Their x must be
+                finite: weight gradients of the router and the shared expert multiply it by zero.
             cu_seqlens: int32 `[S+1]` sequence boundaries over the flattened tokens (for `losses.aux: sequence`).
             replay: `RoutingDecision`, or integer ids `[..., K]` / `[T, K]`; -1 slots are routed live.
             return_routing: also return what the router decided, detached.
