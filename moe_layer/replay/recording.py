@@ -8,6 +8,7 @@ T tokens, L layers, K top-k, N rows of the trace.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 
 import torch
@@ -18,7 +19,7 @@ from moe_layer.replay.spec import TraceSpec, integer_tensor
 from moe_layer.replay.tap import Routed, is_capturing
 from moe_layer.replay.trace import RoutingTrace
 
-FIRST_CHUNK, LARGEST_CHUNK = 1 << 16, 1 << 24
+FIRST_CHUNK, LARGEST_CHUNK = 1 << 16, 1 << 22
 """Bytes of pinned memory that are taken at once."""
 
 
@@ -27,11 +28,11 @@ class Recording:
 
     _nothing = "no layer ran inside record(); run the model in it before the block ends"
 
-    def __init__(self, spec: TraceSpec, *, weights: bool) -> None:
+    def __init__(self, spec: TraceSpec, *, weights: bool, host: PinnedMemory | None = None) -> None:
         self.spec = spec
         self._keeps_weights = weights
         self._calls: list[list[tuple[Tensor, Tensor | None, Tensor | None]]] = [[] for _ in spec.layers]
-        self._host = _PinnedMemory()
+        self._host = PinnedMemory() if host is None else host
         self._streams: set[torch.cuda.Stream] = set()
         self._events: list[torch.cuda.Event] = []
 
@@ -168,8 +169,10 @@ class StaticRecording(Recording):
 
     _nothing = "nothing was taken home; call commit(num_tokens) after each launch"
 
-    def __init__(self, spec: TraceSpec, *, max_tokens: int, device: torch.device) -> None:
-        super().__init__(spec, weights=False)
+    def __init__(
+        self, spec: TraceSpec, *, max_tokens: int, device: torch.device, host: PinnedMemory | None = None
+    ) -> None:
+        super().__init__(spec, weights=False, host=host)
         layers = len(spec.layers)
         with torch.inference_mode(False):  # written to in any mode later
             self.ids = torch.zeros(layers, max_tokens, spec.top_k, dtype=spec.dtype, device=device)
@@ -217,23 +220,27 @@ class StaticRecording(Recording):
         """The block may only have captured a graph: rows come with `commit`."""
 
 
-class _PinnedMemory:
-    """Pinned tensors cut from large chunks: a decoding step records a few bytes a layer, and pinning pages is slow."""
+class PinnedMemory:
+    """Pinned tensors cut from large chunks, for all recordings of a session: a decoding step records a few bytes a
+    layer, and pinning pages is slow. A chunk lives as long as a tensor of it.
+    """
 
     def __init__(self) -> None:
         self._chunk: dict[torch.dtype, Tensor] = {}
         self._bytes = FIRST_CHUNK
+        self._lock = threading.Lock()  # threads may record at a time
 
     def take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Uninitialised, of this shape and dtype; its memory is never handed out again."""
         wanted = shape.numel()
-        chunk = self._chunk.get(dtype)
-        if chunk is None or chunk.numel() < wanted:
-            size = max(wanted, self._bytes // dtype.itemsize)
-            with torch.inference_mode(False):  # written to in any mode later
-                chunk = torch.empty(size, dtype=dtype, pin_memory=True)
-            self._bytes = min(2 * self._bytes, LARGEST_CHUNK)
-        self._chunk[dtype] = chunk[wanted:]
+        with self._lock:
+            chunk = self._chunk.get(dtype)
+            if chunk is None or chunk.numel() < wanted:
+                size = max(wanted, self._bytes // dtype.itemsize)
+                with torch.inference_mode(False):  # written to in any mode later
+                    chunk = torch.empty(size, dtype=dtype, pin_memory=True)
+                self._bytes = min(2 * self._bytes, LARGEST_CHUNK)
+            self._chunk[dtype] = chunk[wanted:]
         return chunk[:wanted].view(shape)
 
 

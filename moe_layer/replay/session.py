@@ -30,7 +30,7 @@ from torch import nn
 from moe_layer.errors import RoutingError, TraceError
 from moe_layer.replay.metrics import ReplayMetrics, Tally
 from moe_layer.replay.plan import RoutingPlan
-from moe_layer.replay.recording import Recording, StaticRecording
+from moe_layer.replay.recording import PinnedMemory, Recording, StaticRecording
 from moe_layer.replay.runs import Compared, Frame, Recorded, Replayed, Run, UnboundGuard
 from moe_layer.replay.spec import TraceSpec
 from moe_layer.replay.tap import NotCopied, Routed, is_recomputing
@@ -73,6 +73,7 @@ class RoutingSession:
         self.spec = TraceSpec(experts, top_k, tuple(used))
         self._routers = list(used.values())
         self._local = threading.local()
+        self._host = PinnedMemory()
         self._tally = Tally(self.spec, self.device)  # now: a graph capture would zero it at every launch
         taken = [n for n, r in used.items() if r.routing_tap is not None and r.routing_tap.alive]
         if taken:
@@ -117,7 +118,7 @@ class RoutingSession:
         Raises:
             TraceError: at the end, layers that did not run over the same tokens.
         """
-        recording: Recording = Recording(self.spec, weights=weights)
+        recording: Recording = Recording(self.spec, weights=weights, host=self._host)
         if max_tokens is not None:
             if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 0:
                 raise RoutingError(
@@ -127,7 +128,7 @@ class RoutingSession:
                 raise RoutingError(
                     "record(max_tokens=...) keeps no weights; record without max_tokens, or without weights"
                 )
-            recording = StaticRecording(self.spec, max_tokens=max_tokens, device=self.device)
+            recording = StaticRecording(self.spec, max_tokens=max_tokens, device=self.device, host=self._host)
         with self._open(Recorded(recording)):
             yield recording
 

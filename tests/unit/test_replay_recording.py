@@ -169,7 +169,7 @@ def test_pinned_memory_is_taken_in_chunks(monkeypatch: pytest.MonkeyPatch) -> No
         return real(size, dtype=dtype)
 
     monkeypatch.setattr(recording.torch, "empty", empty)
-    memory = recording._PinnedMemory()
+    memory = recording.PinnedMemory()
     pieces = [memory.take(torch.Size((n % 7, 3)), torch.uint8).fill_(n % 251) for n in range(500)]
     pieces.append(memory.take(torch.Size((50_000, 4)), torch.float32).fill_(1.0))
     for n, piece in enumerate(pieces[:-1]):
