@@ -114,9 +114,22 @@ inline bool lean_fits(const Forward& p, bool keyed) {
          (p.groups == 0 || (p.group_chunked && p.group_size <= (p.experts <= 256 ? 64 : 128)));
 }
 
+inline int int_kind(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Byte: return kU8;
+    case ScalarType::Char: return kI8;
+    case ScalarType::Short: return kI16;
+    case ScalarType::Int: return kI32;
+    case ScalarType::Long: return kI64;
+    default:
+      STD_TORCH_CHECK(false, name, " must be an integer tensor, got ", torch::headeronly::toString(t.scalar_type()));
+  }
+  return kI32;
+}
+
 // Host launchers, one file each so that they compile in parallel. `blocks` is the size of the grid.
-void launch_forward_plain(const Forward& args, int blocks, cudaStream_t stream, bool overlap);
-void launch_forward_keyed(const Forward& args, int blocks, cudaStream_t stream, bool overlap);
+void launch_forward_plain(const Forward& args, int blocks, cudaStream_t stream);
+void launch_forward_keyed(const Forward& args, int blocks, cudaStream_t stream);
 template <bool WIDE>
 void launch_lean_plain(const Forward& args, int sms, cudaStream_t stream);
 template <bool WIDE>

@@ -16,18 +16,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-int kind_of(ScalarType type, const char* name) {
-  switch (type) {
-    case ScalarType::Byte: return kU8;
-    case ScalarType::Char: return kI8;
-    case ScalarType::Short: return kI16;
-    case ScalarType::Int: return kI32;
-    case ScalarType::Long: return kI64;
-    default: STD_TORCH_CHECK(false, name, " must be an integer tensor, got ", torch::headeronly::toString(type));
-  }
-  return kI32;
-}
-
 void copy_ids(const Tensor& ids_any, Tensor out) {
   STD_TORCH_CHECK(ids_any.is_cuda() && out.is_cuda(), "ids and out must be CUDA tensors");
   check_same_device(out, "out", ids_any);
@@ -37,8 +25,8 @@ void copy_ids(const Tensor& ids_any, Tensor out) {
   const Tensor ids = ids_any.is_contiguous() ? ids_any : torch::stable::contiguous(ids_any);
   const int64_t numel = ids.numel();
   if (numel == 0) return;  // a grid of zero blocks is a launch error
-  const IntArray source = {ids.const_data_ptr(), kind_of(ids.scalar_type(), "ids")};
-  const int out_kind = kind_of(out.scalar_type(), "out");
+  const IntArray source = {ids.const_data_ptr(), int_kind(ids, "ids")};
+  const int out_kind = int_kind(out, "out");
   STD_TORCH_CHECK(out_kind == kI16 || out_kind == kI32 || out_kind == kI64, "out must be int16, int32 or int64");
   const int sms = sm_count(ids.get_device_index());
   launch_copy_ids(source, numel, out.mutable_data_ptr(), out_kind, sms, current_stream(ids));

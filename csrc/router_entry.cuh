@@ -16,13 +16,22 @@ void launch_gate(const Forward& args, const GateInput& gate, bool keyed, cudaStr
 using Outputs =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Checks, outputs, workspace and launches of a call; `logits` is [0, E] or a place for them if `gate` makes them.
-Outputs forward(
-    const GateInput* gate, std::optional<Tensor> id_buffer, const Tensor& logits, std::optional<Tensor> expert_bias,
-    std::optional<Tensor> replay_ids, std::optional<Tensor> replay_weights, std::optional<Tensor> valid,
-    std::optional<Tensor> cu_seqlens, int64_t top_k, std::string score_function, std::string softmax_order,
-    bool renormalize, double scaling_factor, int64_t num_groups, int64_t group_topk, std::string group_rule,
-    std::string weights_mode, std::string aux_counts, bool want_z, bool want_probs, bool want_scores,
-    std::string map_format, bool want_losses, double aux_coeff, double z_coeff);
+// What a call asks for; names and meaning as in moe_layer/ops/route_topk.py.
+struct Call {
+  std::optional<Tensor> id_buffer, expert_bias, replay_ids, replay_weights, valid, cu_seqlens;
+  int64_t top_k;
+  std::string score_function, softmax_order;
+  bool renormalize;
+  double scaling_factor;
+  int64_t num_groups, group_topk;
+  std::string group_rule, weights_mode, aux_counts;
+  bool want_z, want_probs, want_scores;
+  std::string map_format;
+  bool want_losses;
+  double aux_coeff, z_coeff;
+};
+
+// Checks, outputs, workspace and launches of a call; `logits` is [T, E], or with `gate`, which makes them, [0, E] or their place.
+Outputs forward(const GateInput* gate, const Tensor& logits, Call call);
 
 }  // namespace moe_layer::router

@@ -1,8 +1,7 @@
 // The second launch of a lean forward call: adds up what the router's blocks wrote, each in its own row of p.part.
 //
 // On sm_90 and later it is launched beside the router (programmatic dependent launch) and waits for it on the device, so that
-// its launch costs no time of its own. The order of the additions is fixed: the same bits in every run. While it waits it runs its
-// own instructions once without loading or storing, so that they are in the instruction cache when the router is done.
+// its launch costs no time of its own. The order of the additions is fixed: the same bits in every run. It is rehearsed while it waits.
 
 #include "router_args.cuh"
 
@@ -54,20 +53,10 @@ __device__ __forceinline__ void finish_scalars(const Forward& p, int parts, bool
 __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ Forward p, int parts) {
   __shared__ int counts[kWarps][kWarp], aux_counts[kWarps][kWarp];
   __shared__ double sums[kWarps][kWarp];
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();  // the losses' kernel may get ready
-#endif
+  start_next_kernel();  // the losses' kernel may get ready
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, e = blockIdx.x * kWarp + lane;
-#pragma unroll 1
-  for (int pass = 0; pass < 2; ++pass) {
-    const bool real = pass == 1;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (real) cudaGridDependencySynchronize();
-#endif
-    if (blockIdx.x == gridDim.x - 1) {
-      finish_scalars(p, parts, real);
-      continue;
-    }
+  rehearse([&](bool real) {
+    if (blockIdx.x == gridDim.x - 1) return finish_scalars(p, parts, real);
     int count = 0, aux = 0;
     double sum = 0.0;
     const int words = part_words(p), apart = p.live_apart ? p.experts : 0;
@@ -103,7 +92,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant_
       }
     }
     __syncthreads();  // the shared memory has been read
-  }
+  });
 }
 
 }  // namespace

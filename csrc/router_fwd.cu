@@ -45,19 +45,6 @@ int float_kind(const Tensor& t, const char* name) {
   return kF32;
 }
 
-int int_kind(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Byte: return kU8;
-    case ScalarType::Char: return kI8;
-    case ScalarType::Short: return kI16;
-    case ScalarType::Int: return kI32;
-    case ScalarType::Long: return kI64;
-    default:
-      STD_TORCH_CHECK(false, name, " must be an integer tensor, got ", torch::headeronly::toString(t.scalar_type()));
-  }
-  return kI32;
-}
-
 std::optional<Tensor> dense(const std::optional<Tensor>& t) {
   if (!t.has_value() || t->is_contiguous()) return t;
   return torch::stable::contiguous(*t);
@@ -153,14 +140,7 @@ int64_t words(const Tensor& t, int64_t bytes_per_element) { return t.numel() * b
 
 }  // namespace
 
-// Of logits [T, E], or of `gate`, which makes them (router_gate.cu); then `logits_any` is [0, E] or their place.
-Outputs forward(
-    const GateInput* gate, std::optional<Tensor> id_buffer, const Tensor& logits_any, std::optional<Tensor> expert_bias,
-    std::optional<Tensor> replay_ids, std::optional<Tensor> replay_weights, std::optional<Tensor> valid,
-    std::optional<Tensor> cu_seqlens, int64_t top_k, std::string score_function, std::string softmax_order,
-    bool renormalize, double scaling_factor, int64_t num_groups, int64_t group_topk, std::string group_rule,
-    std::string weights_mode, std::string aux_counts, bool want_z, bool want_probs, bool want_scores,
-    std::string map_format, bool want_losses, double aux_coeff, double z_coeff) {
+Outputs forward(const GateInput* gate, const Tensor& logits_any, Call call) {
   STD_TORCH_CHECK(logits_any.is_cuda() && logits_any.dim() == 2, "logits must be a CUDA tensor [T, E]");
   const DeviceGuard guard(logits_any.get_device_index());
   const Tensor logits = logits_any.is_contiguous() ? logits_any : torch::stable::contiguous(logits_any);
@@ -168,65 +148,66 @@ Outputs forward(
   STD_TORCH_CHECK(
       E >= 1 && E <= kMaxExperts, "the CUDA router takes 1 to ", kMaxExperts, " experts, got ", E,
       "; set MOE_LAYER_CUDA=0 to use the PyTorch reference");
-  STD_TORCH_CHECK(top_k >= 1 && top_k <= E, "top_k must lie in 1..", E, ", got ", top_k);
-  expert_bias = dense(expert_bias), replay_ids = dense(replay_ids), replay_weights = dense(replay_weights);
-  valid = dense(valid), cu_seqlens = dense(cu_seqlens);
-  if (expert_bias) check_shape(*expert_bias, "expert_bias", logits, {E});
-  if (replay_ids) check_shape(*replay_ids, "replay_ids", logits, {T, top_k});
-  if (replay_weights) check_shape(*replay_weights, "replay_weights", logits, {T, top_k});
-  if (valid) {
-    check_shape(*valid, "valid", logits, {T});
-    STD_TORCH_CHECK(valid->scalar_type() == ScalarType::Bool, "valid must be bool");
+  STD_TORCH_CHECK(call.top_k >= 1 && call.top_k <= E, "top_k must lie in 1..", E, ", got ", call.top_k);
+  call.expert_bias = dense(call.expert_bias), call.replay_ids = dense(call.replay_ids),
+  call.replay_weights = dense(call.replay_weights);
+  call.valid = dense(call.valid), call.cu_seqlens = dense(call.cu_seqlens);
+  if (call.expert_bias) check_shape(*call.expert_bias, "expert_bias", logits, {E});
+  if (call.replay_ids) check_shape(*call.replay_ids, "replay_ids", logits, {T, call.top_k});
+  if (call.replay_weights) check_shape(*call.replay_weights, "replay_weights", logits, {T, call.top_k});
+  if (call.valid) {
+    check_shape(*call.valid, "valid", logits, {T});
+    STD_TORCH_CHECK(call.valid->scalar_type() == ScalarType::Bool, "valid must be bool");
   }
-  if (cu_seqlens) check_shape(*cu_seqlens, "cu_seqlens", logits, {cu_seqlens->size(0)});
-  const int64_t S = cu_seqlens ? cu_seqlens->size(0) - 1 : 1;
+  if (call.cu_seqlens) check_shape(*call.cu_seqlens, "cu_seqlens", logits, {call.cu_seqlens->size(0)});
+  const int64_t S = call.cu_seqlens ? call.cu_seqlens->size(0) - 1 : 1;
 
   Forward p = {};
   p.logits = {logits.const_data_ptr(), float_kind(logits, "logits")};
-  p.tokens = T, p.experts = static_cast<int>(E), p.top_k = static_cast<int>(top_k),
+  p.tokens = T, p.experts = static_cast<int>(E), p.top_k = static_cast<int>(call.top_k),
   p.sequences = to_int32(S, "sequences");
-  p.score = choice(score_function, "score_function", {"softmax", "sigmoid", "sqrtsoftplus"});
-  const bool pre = choice(softmax_order, "softmax_order", {"pre", "post"}) == 0;
-  p.weight_rule = weight_rule(p.score, pre, renormalize, top_k);
-  p.scale = static_cast<float>(scaling_factor), p.scale_wide = scaling_factor;
-  p.bias = float_array(expert_bias, "expert_bias");
-  set_groups(p, num_groups, group_topk, group_rule);
+  p.score = choice(call.score_function, "score_function", {"softmax", "sigmoid", "sqrtsoftplus"});
+  const bool pre = choice(call.softmax_order, "softmax_order", {"pre", "post"}) == 0;
+  p.weight_rule = weight_rule(p.score, pre, call.renormalize, call.top_k);
+  p.scale = static_cast<float>(call.scaling_factor), p.scale_wide = call.scaling_factor;
+  p.bias = float_array(call.expert_bias, "expert_bias");
+  set_groups(p, call.num_groups, call.group_topk, call.group_rule);
   const bool keyed = p.bias.data != nullptr || p.groups > 0;
   p.key_is_logit = !keyed || (p.score == kSoftmax && !pre);
   p.exact_keys = !keyed && (p.logits.kind == kBF16 || p.logits.kind == kF16);
-  p.replay = int_array(replay_ids, "replay_ids");
-  const int mode = choice(weights_mode, "weights_mode", {"live", "recorded", "straight_through"});
-  const bool recorded = mode != 0 && replay_ids && replay_weights;
-  p.recorded = recorded ? float_array(replay_weights, "replay_weights") : FloatArray{nullptr, kF32};
-  p.valid = valid ? static_cast<const bool*>(valid->const_data_ptr()) : nullptr;
-  p.cu_seqlens = int_array(cu_seqlens, "cu_seqlens");
-  p.aux = choice(aux_counts, "aux_counts", {"none", "live", "effective"});
-  p.live_apart = p.aux == kLive && (keyed || replay_ids);
-  p.want_z = want_z;
-  p.map_format = choice(map_format, "map_format", {"none", "bytemap", "bitmap"});
+  p.replay = int_array(call.replay_ids, "replay_ids");
+  const int mode = choice(call.weights_mode, "weights_mode", {"live", "recorded", "straight_through"});
+  const bool recorded = mode != 0 && call.replay_ids && call.replay_weights;
+  p.recorded = recorded ? float_array(call.replay_weights, "replay_weights") : FloatArray{nullptr, kF32};
+  p.valid = call.valid ? static_cast<const bool*>(call.valid->const_data_ptr()) : nullptr;
+  p.cu_seqlens = int_array(call.cu_seqlens, "cu_seqlens");
+  p.aux = choice(call.aux_counts, "aux_counts", {"none", "live", "effective"});
+  p.live_apart = p.aux == kLive && (keyed || call.replay_ids);
+  p.want_z = call.want_z;
+  p.map_format = choice(call.map_format, "map_format", {"none", "bytemap", "bitmap"});
   const bool pre_key = keyed && !p.key_is_logit;
-  p.need_scores = p.aux != kNoAux || want_scores || pre_key || p.weight_rule == kPreSoftmax;
+  p.need_scores = p.aux != kNoAux || call.want_scores || pre_key || p.weight_rule == kPreSoftmax;
   p.vector = p.logits.kind != kF64 && rows_aligned(p.logits.data, E);
 
   const ScalarType wide = p.logits.kind == kF64 ? ScalarType::Double : ScalarType::Float;
   const int64_t wide_bytes = p.logits.kind == kF64 ? 8 : 4;
   const int64_t aux_rows = p.aux == kNoAux ? 0 : S;
-  Tensor weights = new_empty(logits, {T, top_k}, wide);
-  Tensor ids = new_empty(logits, {T, top_k}, ScalarType::Int);
+  Tensor weights = new_empty(logits, {T, call.top_k}, wide);
+  Tensor ids = new_empty(logits, {T, call.top_k}, ScalarType::Int);
   Tensor counts = new_empty(logits, {E}, ScalarType::Int);
   Tensor aux = p.aux == kNoAux ? new_empty(logits, {0}, ScalarType::Int) : new_empty(logits, {S, E}, ScalarType::Int);
   Tensor score_sum = p.aux == kNoAux ? new_empty(logits, {0}, wide) : new_empty(logits, {S, E}, wide);
-  Tensor z_sum = new_empty(logits, {want_z ? 1 : 0}, wide);
+  Tensor z_sum = new_empty(logits, {call.want_z ? 1 : 0}, wide);
   Tensor events = new_empty(logits, {8}, ScalarType::Int);
   Tensor probs =
-      want_probs ? new_empty(logits, {T, E}, logits.scalar_type()) : new_empty(logits, {0}, logits.scalar_type());
-  Tensor scores = want_scores ? new_empty(logits, {T, E}, wide) : new_empty(logits, {0}, wide);
+      call.want_probs ? new_empty(logits, {T, E}, logits.scalar_type()) : new_empty(logits, {0}, logits.scalar_type());
+  Tensor scores = call.want_scores ? new_empty(logits, {T, E}, wide) : new_empty(logits, {0}, wide);
   const ScalarType map_type = p.map_format == kBitmap ? ScalarType::Byte : ScalarType::Bool;
   Tensor map = p.map_format == kNoMap    ? new_empty(logits, {0}, map_type)
                : p.map_format == kBitmap ? new_empty(logits, {T, (E + 7) / 8}, map_type)
                                          : new_empty(logits, {T, E}, map_type);
-  Tensor summary = new_empty(logits, {want_losses ? 5 : 0}, wide);
-  Tensor scaled = new_empty(logits, {want_losses ? (p.aux != kNoAux) + want_z : 0}, wide);
+  Tensor summary = new_empty(logits, {call.want_losses ? 5 : 0}, wide);
+  Tensor scaled = new_empty(logits, {call.want_losses ? (p.aux != kNoAux) + call.want_z : 0}, wide);
 
   // Workspace: of the lean kernel a row for every block; else ticket (16 bytes) and fixed-point sums, both zeroed, then one double
   // a block, always written before it is read.
@@ -247,22 +228,19 @@ Outputs forward(
 
   p.weights = weights.mutable_data_ptr(), p.ids = out_ptr<int32_t>(ids), p.counts = out_ptr<int32_t>(counts);
   p.aux_counts = out_ptr<int32_t>(aux), p.events = out_ptr<int32_t>(events);
-  p.probs = want_probs ? probs.mutable_data_ptr() : nullptr;
-  p.scores = want_scores ? scores.mutable_data_ptr() : nullptr;
+  p.probs = call.want_probs ? probs.mutable_data_ptr() : nullptr;
+  p.scores = call.want_scores ? scores.mutable_data_ptr() : nullptr;
   p.map = p.map_format == kNoMap ? nullptr : static_cast<uint8_t*>(map.mutable_data_ptr());
   p.score_sum = score_sum.mutable_data_ptr(), p.z_sum = z_sum.mutable_data_ptr();
-  if (want_losses) set_losses(p, aux_coeff, z_coeff, summary, scaled);
-  if (id_buffer) {
-    check_shape(*id_buffer, "id_buffer", logits, {T, top_k});
-    STD_TORCH_CHECK(id_buffer->is_contiguous(), "id_buffer must be contiguous; pass a contiguous tensor");
-    p.id_buffer = id_buffer->mutable_data_ptr(), p.id_buffer_kind = int_kind(*id_buffer, "id_buffer");
+  if (call.want_losses) set_losses(p, call.aux_coeff, call.z_coeff, summary, scaled);
+  if (call.id_buffer) {
+    check_shape(*call.id_buffer, "id_buffer", logits, {T, call.top_k});
+    STD_TORCH_CHECK(call.id_buffer->is_contiguous(), "id_buffer must be contiguous; pass a contiguous tensor");
+    p.id_buffer = call.id_buffer->mutable_data_ptr(), p.id_buffer_kind = int_kind(*call.id_buffer, "id_buffer");
     STD_TORCH_CHECK(p.id_buffer_kind >= kI16, "id_buffer must be int16, int32 or int64");
   }
 
   const cudaStream_t stream = current_stream(logits);
-  int major = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  const bool overlap = major >= 9;
   STD_TORCH_CHECK(
       gate == nullptr || lean || T == 0,
       "the gate's kernel does not serve these options; multiply apart and use route_topk");
@@ -275,7 +253,7 @@ Outputs forward(
       (keyed ? launch_lean_keyed<false> : launch_lean_plain<false>)(p, sms, stream);
     }
     launch_finish(p, parts, stream);
-    if (want_losses) launch_losses(p.losses, stream);
+    if (call.want_losses) launch_losses(p.losses, stream);
     return {weights, ids, counts, aux, score_sum, z_sum, events, probs, scores, map, summary, scaled};
   }
   ZeroRegions zero = {
@@ -286,22 +264,22 @@ Outputs forward(
     zero.data[3] = static_cast<uint32_t*>(p.score_sum), zero.words[3] = words(score_sum, wide_bytes);
     zero_kernel<<<16, kZeroThreads, 0, stream>>>(zero);
     MOE_LAUNCH_CHECK();
-    if (want_z) STD_CUDA_CHECK(cudaMemsetAsync(p.z_sum, 0, wide_bytes, stream));
+    if (call.want_z) STD_CUDA_CHECK(cudaMemsetAsync(p.z_sum, 0, wide_bytes, stream));
   } else {
     const int64_t zero_words = words(counts, 4) + words(aux, 4) + sum_bytes / 4;
     const int64_t zero_blocks = ceil_div<int64_t>(zero_words, kZeroThreads * 2);
     zero_kernel<<<static_cast<int>(zero_blocks < sms ? zero_blocks : sms), kZeroThreads, 0, stream>>>(zero);
     MOE_LAUNCH_CHECK();
-    if (p.logits.kind == kF64 || E > kMaxFastExperts || top_k > kMaxFastK) {
+    if (p.logits.kind == kF64 || E > kMaxFastExperts || call.top_k > kMaxFastK) {
       launch_forward_generic(p, static_cast<int>(T < 2 * sms ? T : 2 * sms), stream);
     } else {
       const int64_t tiles = ceil_div<int64_t>(T, kWarp / lanes_for(p.experts));
       const int blocks = static_cast<int>(tiles < sms ? tiles : sms);
-      (keyed ? launch_forward_keyed : launch_forward_plain)(p, blocks, stream, overlap);
+      (keyed ? launch_forward_keyed : launch_forward_plain)(p, blocks, stream);
     }
-    if (id_buffer) launch_copy_ids({p.ids, kI32}, T * top_k, p.id_buffer, p.id_buffer_kind, sms, stream);
+    if (call.id_buffer) launch_copy_ids({p.ids, kI32}, T * call.top_k, p.id_buffer, p.id_buffer_kind, sms, stream);
   }
-  if (want_losses) launch_losses(p.losses, stream);
+  if (call.want_losses) launch_losses(p.losses, stream);
   return {weights, ids, counts, aux, score_sum, z_sum, events, probs, scores, map, summary, scaled};
 }
 
@@ -312,9 +290,10 @@ Outputs route_topk(
     int64_t group_topk, std::string group_rule, std::string weights_mode, std::string aux_counts, bool want_z,
     bool want_probs, bool want_scores, std::string map_format, bool want_losses, double aux_coeff, double z_coeff) {
   return forward(
-      nullptr, std::nullopt, logits, expert_bias, replay_ids, replay_weights, valid, cu_seqlens, top_k, score_function,
-      softmax_order, renormalize, scaling_factor, num_groups, group_topk, group_rule, weights_mode, aux_counts, want_z,
-      want_probs, want_scores, map_format, want_losses, aux_coeff, z_coeff);
+      nullptr, logits, {std::nullopt, expert_bias,    replay_ids,    replay_weights, valid,          cu_seqlens,
+                        top_k,        score_function, softmax_order, renormalize,    scaling_factor, num_groups,
+                        group_topk,   group_rule,     weights_mode,  aux_counts,     want_z,         want_probs,
+                        want_scores,  map_format,     want_losses,   aux_coeff,      z_coeff});
 }
 
 // The same, and the ids into the caller's buffer.
@@ -326,9 +305,10 @@ Outputs route_topk_into(
     std::string aux_counts, bool want_z, bool want_probs, bool want_scores, std::string map_format, bool want_losses,
     double aux_coeff, double z_coeff) {
   return forward(
-      nullptr, id_buffer, logits, expert_bias, replay_ids, replay_weights, valid, cu_seqlens, top_k, score_function,
-      softmax_order, renormalize, scaling_factor, num_groups, group_topk, group_rule, weights_mode, aux_counts, want_z,
-      want_probs, want_scores, map_format, want_losses, aux_coeff, z_coeff);
+      nullptr, logits, {id_buffer,   expert_bias,    replay_ids,    replay_weights, valid,          cu_seqlens,
+                        top_k,       score_function, softmax_order, renormalize,    scaling_factor, num_groups,
+                        group_topk,  group_rule,     weights_mode,  aux_counts,     want_z,         want_probs,
+                        want_scores, map_format,     want_losses,   aux_coeff,      z_coeff});
 }
 
 // ------------------------------------------------------------------------------------------------------------ backward

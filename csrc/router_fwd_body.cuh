@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(THREADS, 1) forward_kernel(const __grid_consta
 }
 
 template <int L, int C, bool KEYED, int THREADS>
-void launch(Forward args, int blocks, cudaStream_t stream, bool overlap) {
+void launch(Forward args, int blocks, cudaStream_t stream) {
   using Lay = Layout<L, C>;
   constexpr int kWarps = THREADS / kWarp;
   args.warp_words = warp_words(args, Lay::kRows, Lay::kBucket, KEYED);
@@ -232,27 +232,17 @@ void launch(Forward args, int blocks, cudaStream_t stream, bool overlap) {
   const int64_t bytes = 4ll * ((args.live_apart ? 2 : 1) * args.experts + (KEYED ? Lay::kBucket : 0) + buffer);
   auto kernel = forward_kernel<L, C, KEYED, THREADS>;
   allow_shared_memory(kernel, bytes);
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(THREADS);
-  config.dynamicSmemBytes = static_cast<size_t>(bytes);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
-  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args));
+  launch_beside(kernel, blocks, THREADS, bytes, stream, args);
 }
 
 template <bool KEYED>
-void launch_forward(const Forward& args, int blocks, cudaStream_t stream, bool overlap) {
+void launch_forward(const Forward& args, int blocks, cudaStream_t stream) {
   switch (bucket_for(args.experts)) {
     case 64:  // no kernel of its own: what is common at 64 experts runs in the lean kernels
-    case 128: return launch<8, 2, KEYED, kForwardThreads>(args, blocks, stream, overlap);
-    case 256: return launch<16, 2, KEYED, kForwardThreads>(args, blocks, stream, overlap);
-    case 512: return launch<32, 2, KEYED, kForwardThreads>(args, blocks, stream, overlap);
-    default: return launch<32, 4, KEYED, 384>(args, blocks, stream, overlap);
+    case 128: return launch<8, 2, KEYED, kForwardThreads>(args, blocks, stream);
+    case 256: return launch<16, 2, KEYED, kForwardThreads>(args, blocks, stream);
+    case 512: return launch<32, 2, KEYED, kForwardThreads>(args, blocks, stream);
+    default: return launch<32, 4, KEYED, 384>(args, blocks, stream);
   }
 }
 

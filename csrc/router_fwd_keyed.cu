@@ -3,8 +3,8 @@
 
 namespace moe_layer::router {
 
-void launch_forward_keyed(const Forward& args, int blocks, cudaStream_t stream, bool overlap) {
-  launch_forward<true>(args, blocks, stream, overlap);
+void launch_forward_keyed(const Forward& args, int blocks, cudaStream_t stream) {
+  launch_forward<true>(args, blocks, stream);
 }
 
 }  // namespace moe_layer::router

@@ -46,6 +46,16 @@ struct LeanMemory {
   }
 };
 
+// Whether a lane gives so many of a row's best experts that a K above 8 needs long lists.
+template <int L, int C, int MODE>
+constexpr bool kLongLists = L == 8 && C == 4 && MODE != kSigmoidQuads;
+
+// Shared memory of a warp beside its buffers, in words.
+template <int L, int C, int MODE>
+constexpr int kOwnWords = MODE == kSigmoidQuads    ? Quads::kWords
+                          : kLongLists<L, C, MODE> ? LongList::kWords
+                                                   : 0;
+
 // What a block of THREADS threads does with the rows of its tiles, up to its row of p.part. `memory` has been cleared.
 template <int L, int C, int MODE, class Rows, int THREADS, int TASK = kAnyTask>
 __device__ __forceinline__ void lean_block(
@@ -55,6 +65,8 @@ __device__ __forceinline__ void lean_block(
   constexpr bool kQuads = MODE == kSigmoidQuads, kKeyed = MODE == kSigmoidKeyed || kQuads,
                  kSoft = MODE == kSoftmaxPlain;
   constexpr bool WIDE = Rows::kWide, kRanks = L == 1 && WIDE && !kKeyed;
+  // The forced experts with the best ones; not where many rows' best fp32 keys are too far apart for that.
+  constexpr bool kCompares = TASK == kReplayTask && kSoft && L > 1 && !(WIDE && L == 16);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, gl = lane % L, group = lane / L;
   int32_t *hist = memory.hist, *hist_aux = memory.hist_aux;
   float* bias = memory.bias;
@@ -66,9 +78,11 @@ __device__ __forceinline__ void lean_block(
   float* total = reinterpret_cast<float*>(forced + (p.replay.data != nullptr ? list : 0));
   int* kept = reinterpret_cast<int*>(total + shape.rows * p.groups);
   float* stats = reinterpret_cast<float*>(kept + shape.rows * p.groups);  // [rows, 2] softmax of "pre" weights
-  uint32_t* seen = reinterpret_cast<uint32_t*>(stats + shape.rows * 2);   // read_forced
-  // In front of the histograms.
-  float* quads = reinterpret_cast<float*>(memory.buffers + p.block_words - (kWarps - warp) * Quads::kWords);
+  uint32_t* worst = reinterpret_cast<uint32_t*>(stats + shape.rows * 2);  // find_worst
+  uint32_t* seen = worst + shape.rows;                                    // fill_forced
+  uint32_t* lists =  // in front of the histograms, of quads and selection
+      reinterpret_cast<uint32_t*>(memory.buffers + p.block_words - (kWarps - warp) * kOwnWords<L, C, MODE>);
+  float* quads = reinterpret_cast<float*>(lists);
 
   const bool replays = TASK == kReplayTask || (TASK == kAnyTask && p.replay.data != nullptr);
   const int row_bytes = p.experts * (WIDE ? 4 : 2), id_shift = p.replay.kind > 0 ? p.replay.kind - 1 : 0;
@@ -99,9 +113,15 @@ __device__ __forceinline__ void lean_block(
 #pragma unroll
   for (int i = 0; i < C * 8; ++i) sums[i] = 0.0f;
   double z = 0.0;
-  int rows_replayed = 0, slots_replayed = 0;
+  // Of replayed rows and slots, kReplayTask counts the ones that were not, which are few.
+  if (TASK == kReplayTask && threadIdx.x == 0 && of_block.begin < of_block.end) {
+    const int64_t end = of_block.end * shape.rows < p.tokens ? of_block.end * shape.rows : p.tokens;
+    const int rows_of_block = static_cast<int>(end - of_block.begin * shape.rows);
+    atomicAdd(&events[0], rows_of_block), atomicAdd(&events[1], rows_of_block * p.top_k);
+  }
   int2 forced_ids = {-1, -1};  // of the next tile's first passes
   if (TASK == kReplayTask && tiles > 0) forced_ids = first_forced(p, shape, first_row, rows_from(first_row));
+  bool compares = kCompares && p.live_apart;  // until the forced experts of a tile are quite other ones than its best
   for (; tiles > 0; --tiles) {
     // Kept in registers: the compiler worked it out again from the block's index for every row, in forty instructions.
     asm volatile("" : "+l"(first_row));
@@ -111,16 +131,9 @@ __device__ __forceinline__ void lean_block(
     const auto logits = rows.from(first_row);
     // With forced ids the selection serves the slots that are missing, and without bias and groups the aux loss.
     bool fill = true, wanted = true;
-    if (replays) {
-      if (TASK == kReplayTask && !copy_forced(p, shape, first_row, count, forced_ids, forced, seen)) {
-        fill = false, rows_replayed += count, slots_replayed += count * p.top_k;
-      } else {
-        const int3 found = check_forced(&p, shape, first_row, forced, events);
-        rows_replayed += found.x, slots_replayed += found.y, fill = found.z != 0;
-      }
-      wanted = fill || (!kKeyed && p.live_apart);
-      if (TASK == kReplayTask && tiles > 1) forced_ids = first_forced(p, shape, next_row, rows_from(next_row));
-    }
+    bool packed = !WIDE && !kKeyed && !replays;  // the experts' logits can be read from their packed keys
+    uint32_t selected = 0, counted = 0;  // kCompares: a bit a step that was selected, a bit a row of compare_rows()
+    float2 forced_logits = {0.0f, 0.0f};
     bool odd = false;  // of quads: a key of the tile is not finite, so its rows are selected again
     for (int step = 0; step < shape.rows; step += Lay::kRows) {
       const int at = step + group;
@@ -134,10 +147,23 @@ __device__ __forceinline__ void lean_block(
         }
       };
       load();
+      if (replays && step == 0) {
+        const Found wrong =
+            TASK == kReplayTask ? copy_forced(p, shape, first_row, count, forced_ids, forced) : kDuplicatesFound;
+        fill = false;
+        if (wrong != kAllFound) {
+          fill = check_forced(&p, shape, first_row, TASK == kReplayTask, wrong == kDuplicatesFound, forced, events);
+          load();  // again: held through the call they would cost registers everywhere
+        }
+        if (compares && !fill) forced_logits = first_logits(shape, logits, forced_ids);
+        if (TASK == kReplayTask && tiles > 1) forced_ids = first_forced(p, shape, next_row, rows_from(next_row));
+        wanted = fill || (!kKeyed && p.live_apart);
+      }
       const uint32_t bad = bad_bits(x);
       const unsigned bad_lanes = __ballot_sync(kFull, bad != 0);
       bool row_nan = false;
       if (bad_lanes != 0) {
+        packed = false;
         const bool row_bad = (bad_lanes >> (group * L) & (L == 32 ? kFull : (1u << L) - 1u)) != 0;
         count_event(events, 5, row_bad && gl == 0);
         bool nan = false;
@@ -168,7 +194,8 @@ __device__ __forceinline__ void lean_block(
         odd |= bad_lanes != 0 || broken_bias;
         if (p.live_apart) {
           pack_quads<WIDE>(x, gl, v);
-          select_rows<L, C>(v, row_min<L>(min_of<C * 8>(v)), p.top_k, gl, unbiased + at * p.top_k);
+          select_rows<L, C, kLongLists<L, C, MODE>>(
+              v, row_min<L>(min_of<C * 8>(v)), p.top_k, gl, unbiased + at * p.top_k, lists);
         }
       }
       bool scored = false;
@@ -185,7 +212,24 @@ __device__ __forceinline__ void lean_block(
       if (p.want_z && live && gl == 0) z += static_cast<double>(s.lse * s.lse);
       if (kSoft && p.weight_rule == kPreSoftmax && gl == 0) stats[2 * at] = s.max, stats[2 * at + 1] = s.inverse;
       // After the scores: their registers are free now.
-      if (!kKeyed && !kRanks && wanted) select_rows<L, C>(v, best, p.top_k, gl, chosen + at * p.top_k);
+      if (!kKeyed && !kRanks && wanted) {
+        bool selects = true;
+        if (compares && !fill) {
+          if (step == 0) {
+            find_worst<L, C, WIDE>(p, shape, logits, count, forced_logits, forced, worst);
+            packed = !WIDE && bad_lanes == 0;
+          }
+          if (bad_lanes == 0) {
+            selects = compare_rows<L, C, WIDE>(v, p.top_k, live, gl, at, worst[at], s.max, hist_aux, counted) ==
+                      kOtherExperts;
+            compares = !selects;
+          }
+        }
+        if (selects) {
+          select_rows<L, C, kLongLists<L, C, MODE>>(v, best, p.top_k, gl, chosen + at * p.top_k, lists);
+          selected |= 1u << step / Lay::kRows;
+        }
+      }
       if (kKeyed && wanted) {
         const float4* bias4 = reinterpret_cast<const float4*>(bias);
 #pragma unroll
@@ -204,7 +248,7 @@ __device__ __forceinline__ void lean_block(
           const float sum = group_sum_of_lane(x, p.group_count, gl);
           uint32_t few[16];
           pack_kept_quads(x, kept_groups(sum, p.group_topk, gl, kept + at * p.groups), gl, quads, few);
-          select_rows<8, 2>(few, row_min<8>(min_of<16>(few)), p.top_k, gl, chosen + at * p.top_k);
+          select_rows<8, 2, false>(few, row_min<8>(min_of<16>(few)), p.top_k, gl, chosen + at * p.top_k, lists);
         }
       } else if (kKeyed && wanted) {
         const GroupMemory memory = {total + at * p.groups, kept + at * p.groups, nullptr};
@@ -224,7 +268,7 @@ __device__ __forceinline__ void lean_block(
             pack_logits_lean<L, C, WIDE>(p, x, bad, gl, v);
           }
           first = false;
-          select_rows<L, C>(v, row_min<L>(min_of<C * 8>(v)), p.top_k, gl, list_of_row);
+          select_rows<L, C, kLongLists<L, C, MODE>>(v, row_min<L>(min_of<C * 8>(v)), p.top_k, gl, list_of_row, lists);
         }
       }
     }
@@ -237,17 +281,19 @@ __device__ __forceinline__ void lean_block(
       __syncwarp();
     }
     if ((kKeyed || (WIDE && !kRanks)) && wanted) {
-      settle_rows<L, C, kKeyed>(p, rows, first_row, shape.rows, bias, kept, chosen);
+      const bool here = !kCompares || (selected >> lane / Lay::kRows & 1u) != 0;
+      settle_rows<L, C, kKeyed>(p, rows, first_row, shape.rows, here, bias, kept, chosen);
     }
     if (kKeyed && (WIDE || odd) && p.live_apart) {
-      settle_rows<L, C, false>(p, rows, first_row, shape.rows, nullptr, nullptr, unbiased);
+      settle_rows<L, C, false>(p, rows, first_row, shape.rows, true, nullptr, nullptr, unbiased);
     }
 
     // ---- weights: one lane a (row, slot)
-    if (TASK == kReplayTask && fill) fill_forced(&p, shape, first_row, Lay::kIdMask, chosen, forced);
+    if (TASK == kReplayTask && fill) fill_forced(&p, shape, first_row, Lay::kIdMask, chosen, forced, seen);
     if (TASK != kAnyTask || (p.valid == nullptr && p.recorded.data == nullptr && !(replays && fill))) {
-      weigh_tile<L, C, MODE>(
-          p, shape, logits, first_row, count, chosen, replays ? forced : nullptr, unbiased, stats, hist, hist_aux);
+      const uint32_t* experts = replays ? reinterpret_cast<uint32_t*>(forced) : chosen;
+      weigh_tile<L, C, MODE, kCompares>(
+          p, shape, logits, first_row, count, experts, packed, unbiased, selected, counted, stats, hist, hist_aux);
       __syncwarp();  // the ids have been read before the next tile writes its own
       first_row = next_row;
       continue;
@@ -262,16 +308,16 @@ __device__ __forceinline__ void lean_block(
 
   // ---- the block's sums, in its own row of p.part
   for (int o = kWarp / 2; p.want_z && o > 0; o >>= 1) z += __shfl_xor_sync(kFull, z, o);
-  if (lane == 0) {
-    memory.scratch.z[warp] = z;
-    if (slots_replayed != 0) atomicAdd(&events[0], rows_replayed), atomicAdd(&events[1], slots_replayed);
-  }
-  __syncthreads();  // counts are complete, the warps' buffers are free
+  if (lane == 0) memory.scratch.z[warp] = z;
+  float* terms = reinterpret_cast<float*>(
+      memory.buffers + p.block_words - kWarps * (kOwnWords<L, C, MODE> + Lay::kBucket));  // in front of `lists`
+  if (p.aux != kNoAux) keep_score_sums<L, C, kQuads>(sums, terms + warp * Lay::kBucket);
+  __syncthreads();  // counts are complete
   const PartRow part = part_row(p, blockIdx.x);
 #pragma unroll 1
   for (int e = threadIdx.x; e < p.experts; e += THREADS) {
     part.counts[e] = hist[e];
-    if (p.live_apart) part.aux_counts[e] = hist_aux[e];
+    if (p.live_apart) part.aux_counts[e] = hist_aux[e] + (kCompares ? hist[e] : 0);  // weigh_tile
   }
   if (threadIdx.x < 6) part.events[threadIdx.x] = events[threadIdx.x];
   if (threadIdx.x == THREADS - 1) {
@@ -280,9 +326,7 @@ __device__ __forceinline__ void lean_block(
     for (int w = 0; w < kWarps; ++w) sum[w % 2] += memory.scratch.z[w];
     *part.z = sum[0] + sum[1];
   }
-  if (p.aux != kNoAux) {
-    store_score_sums<L, C, kQuads, THREADS>(p, sums, reinterpret_cast<float*>(memory.buffers), part.score_sum);
-  }
+  if (p.aux != kNoAux) add_score_sums<Lay::kBucket, THREADS>(p, terms, part.score_sum);
 }
 
 template <int L, int C, int MODE, bool WIDE, int TASK, int THREADS>
@@ -311,9 +355,7 @@ template <int L, int C, int MODE, int THREADS>
 int64_t lean_bytes(Forward& args, const LeanShape& shape) {
   constexpr int kWarps = THREADS / kWarp, kBucket = Layout<L, C>::kBucket;
   args.warp_words = lean_words(args, shape, MODE >= kSigmoidKeyed);
-  const int terms = kWarps * kBucket;  // store_score_sums
-  args.block_words = round_up(args.warp_words * kWarps > terms ? args.warp_words * kWarps : terms, 4);
-  if (MODE == kSigmoidQuads) args.block_words += kWarps * Quads::kWords;
+  args.block_words = round_up(args.warp_words * kWarps, 4) + kWarps * (kBucket + kOwnWords<L, C, MODE>);
   return 4ll * (args.block_words + (args.live_apart ? 2 : 1) * args.experts + (MODE >= kSigmoidKeyed ? kBucket : 0));
 }
 

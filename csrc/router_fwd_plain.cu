@@ -3,8 +3,8 @@
 
 namespace moe_layer::router {
 
-void launch_forward_plain(const Forward& args, int blocks, cudaStream_t stream, bool overlap) {
-  launch_forward<false>(args, blocks, stream, overlap);
+void launch_forward_plain(const Forward& args, int blocks, cudaStream_t stream) {
+  launch_forward<false>(args, blocks, stream);
 }
 
 }  // namespace moe_layer::router

@@ -126,10 +126,11 @@ GateOutputs gate_topk(
   // than two launches (H200).
   const bool few = T <= 32ll * sm_count(x.get_device_index());
   const GateInput gate = {x, weight, args, few ? 64 : 128, few ? 2 : 1};
-  auto out = forward(
-      &gate, std::nullopt, logits, expert_bias, replay_ids, replay_weights, valid, std::nullopt, top_k, score_function,
-      softmax_order, renormalize, scaling_factor, num_groups, group_topk, group_rule, weights_mode, aux_counts, want_z,
-      false, false, "none", want_losses, aux_coeff, z_coeff);
+  auto out =
+      forward(&gate, logits, {std::nullopt, expert_bias,    replay_ids,    replay_weights, valid,          std::nullopt,
+                              top_k,        score_function, softmax_order, renormalize,    scaling_factor, num_groups,
+                              group_topk,   group_rule,     weights_mode,  aux_counts,     want_z,         false,
+                              false,        "none",         want_losses,   aux_coeff,      z_coeff});
   return std::tuple_cat(std::make_tuple(logits), out);
 }
 

@@ -6,18 +6,19 @@
 // selected again with whole keys (`exact_row`). All packed keys of a row differ and equal keys go to the lower id by themselves.
 #pragma once
 
+#include "router_lean_select.cuh"
 #include "router_rows.cuh"
 
 namespace moe_layer::router {
 
 enum Mode : int { kSoftmaxPlain, kSigmoidPlain, kSigmoidKeyed, kSigmoidQuads };  // the last one: router_lean_groups.cuh
 
-// Shared memory of a warp, in words: ids, unbiased ids, forced ids, groups' sums and flags, softmax of "pre" weights, forced experts
-// seen.
+// Shared memory of a warp, in words: ids, unbiased ids, forced ids, groups' sums and flags, softmax of "pre" weights, the
+// rows' worst forced keys, forced experts seen.
 __host__ __device__ inline int lean_words(const Forward& p, const LeanShape& t, bool keyed) {
   const int lists = 1 + (keyed && p.live_apart ? 1 : 0) + (p.replay.data != nullptr ? 1 : 0);
   const int seen = p.replay.data != nullptr ? (kWarp >> t.slot_shift) * ceil_div(p.experts, kWarp) : 0;
-  return t.rows * (p.top_k * lists + p.groups * 2 + 2) + seen;
+  return t.rows * (p.top_k * lists + p.groups * 2 + 2 + (p.replay.data != nullptr ? 1 : 0)) + seen;
 }
 
 template <int L, int C>
@@ -28,74 +29,6 @@ struct Packed : Layout<L, C> {
 };
 
 __device__ __forceinline__ uint32_t inverted(float v) { return ~ordered(v); }
-
-template <int L>
-__device__ __forceinline__ uint32_t row_min(uint32_t v) {
-  if constexpr (L == 32) {
-    return __reduce_min_sync(kFull, v);
-  } else {
-#pragma unroll
-    for (int o = L / 2; o > 0; o >>= 1) v = min(v, __shfl_xor_sync(kFull, v, o));
-    return v;
-  }
-}
-
-// Smallest v that is at least `from`, all bits if there is none: v - from wraps above every v that is. The last test is left out
-// where a lane has more values than the 16 that can be taken from it.
-template <int N>
-__device__ __forceinline__ uint32_t min_from(const uint32_t (&v)[N], uint32_t from) {
-  uint32_t best[4] = {~0u, ~0u, ~0u, ~0u};  // four chains: one of N dependent steps would be latency bound
-#pragma unroll
-  for (int i = 0; i < N; ++i) best[i % 4] = __viaddmin_u32(v[i], 0u - from, best[i % 4]);
-  const uint32_t found = __vimin3_u32(best[0], best[1], min(best[2], best[3])) + from;
-  if constexpr (N < 16) return found < from ? ~0u : found;
-  return found;
-}
-
-template <int N>
-__device__ __forceinline__ uint32_t min_of(const uint32_t* v) {
-  if constexpr (N == 8) {
-    return __vimin3_u32(__vimin3_u32(v[0], v[1], v[2]), __vimin3_u32(v[3], v[4], v[5]), min(v[6], v[7]));
-  } else {
-    return min(min_of<8>(v), min_of<N - 8>(v + 8));
-  }
-}
-
-// The K best of this lane's row, best first, to chosen[0..K) in shared memory; `best` is the first of them.
-template <int L, int C>
-__device__ __forceinline__ void select_rows(
-    const uint32_t (&v)[C * 8], uint32_t best, int top_k, int gl, uint32_t* chosen) {
-  if (gl == 0) *chosen = best;
-#pragma unroll 2
-  for (int round = 1; round < top_k; ++round) {
-    best = row_min<L>(min_from(v, best + 1u));
-    if (gl == 0) *++chosen = best;
-  }
-}
-
-// The same where a lane holds all experts of its row: each one's rank is the number of better ones. `x` are whole logits, so that no
-// key is too far from the best one.
-__device__ __forceinline__ void rank_rows(const float (&x)[8], uint32_t bad, int top_k, uint32_t* chosen) {
-  uint32_t key[8];
-  int rank[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    key[i] = (bad >> i) & 1u ? 0u : ordered(x[i]);
-    rank[i] = 0;
-  }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-#pragma unroll
-    for (int j = i + 1; j < 8; ++j) {
-      const bool first = key[i] >= key[j];
-      rank[i] += !first, rank[j] += first;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (rank[i] < top_k) chosen[rank[i]] = i;
-  }
-}
 
 // The fp32 number whose inverted key this is.
 __device__ __forceinline__ float uninverted(uint32_t key) {
@@ -125,13 +58,16 @@ __device__ __forceinline__ constexpr uint32_t flipped_bits() {
 
 // Keys of 16 bits: nothing is lost below them.
 template <int L, int C>
+__device__ __forceinline__ uint32_t packed_key(float key, uint32_t id) {
+  const uint32_t bits = __float_as_uint(key + 0.0f), sign = static_cast<int32_t>(bits) >> 31;
+  return (bits ^ (~sign & flipped_bits<L, C>())) | id;
+}
+
+template <int L, int C>
 __device__ __forceinline__ void pack_narrow(
     const float (&key)[C * 8], uint32_t bad, const uint32_t (&base)[C], uint32_t (&v)[C * 8]) {
 #pragma unroll
-  for (int i = 0; i < C * 8; ++i) {
-    const uint32_t bits = __float_as_uint(key[i] + 0.0f), sign = static_cast<int32_t>(bits) >> 31;
-    v[i] = (bits ^ (~sign & flipped_bits<L, C>())) | base[i / 8] | (i % 8);
-  }
+  for (int i = 0; i < C * 8; ++i) v[i] = packed_key<L, C>(key[i], base[i / 8] | (i % 8));
   if (bad != 0) pack_broken<L, C>(bad, base, v);
 }
 
@@ -266,14 +202,14 @@ __device__ __noinline__ void exact_row(
   __syncwarp();
 }
 
-// Selects the end of the tile's doubtful rows again. Ids without a field take the place of packed keys: the id is what is read from either.
+// Selects the end of the tile's doubtful rows again, if the row of lane l, `here` there, has been selected. Ids without a field take the place of packed keys: the id is what is read from either.
 template <int L, int C, bool KEYED, class Rows>
 __device__ __forceinline__ void settle_rows(
-    const Forward& p, const Rows& rows, int64_t first_row, int count, const float* bias, const int* kept,
+    const Forward& p, const Rows& rows, int64_t first_row, int count, bool here, const float* bias, const int* kept,
     uint32_t* chosen) {
   using Pack = Packed<L, C>;
   const int at = threadIdx.x % kWarp;
-  const bool mine = at < count && first_row + at < p.tokens;
+  const bool mine = here && at < count && first_row + at < p.tokens;
   const bool doubt = mine && chosen[at * p.top_k + p.top_k - 1] >> Pack::kBits >= Pack::kFar;
   for (unsigned left = __ballot_sync(kFull, doubt); left != 0; left &= left - 1) {
     const int row = __ffs(left) - 1;

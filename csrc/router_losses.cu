@@ -20,21 +20,11 @@ struct LossGradients {
 };
 
 // One block. Sums run in fp64 in a fixed order.
-//
-// The first pass computes nothing: it runs the same instructions before the kernel in front has finished, so that they are in the
-// instruction cache when its results are there. A launch of a few microseconds would otherwise spend much of its time on fetching.
 __global__ void __launch_bounds__(kThreads) losses_kernel(const __grid_constant__ Losses p) {
   __shared__ double parts[3][kWarps];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();
-#endif
-#pragma unroll 1
-  for (int pass = 0; pass < 2; ++pass) {
-    const bool real = pass == 1;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (real) cudaGridDependencySynchronize();
-#endif
+  start_next_kernel();
+  rehearse([&](bool real) {
     double slots = 0.0, aux_slots = 0.0, product = 0.0;
 #pragma unroll 1
     for (int e = threadIdx.x; e < p.experts || e == static_cast<int>(threadIdx.x); e += kThreads) {
@@ -55,14 +45,12 @@ __global__ void __launch_bounds__(kThreads) losses_kernel(const __grid_constant_
       write_losses(p, slots, aux_slots, product, z_sum, real);
     }
     __syncthreads();
-  }
+  });
 }
 
 __global__ void __launch_bounds__(kThreads) losses_backward_kernel(const __grid_constant__ LossGradients p) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();  // the router's backward may get ready
-  cudaGridDependencySynchronize();
-#endif
+  start_next_kernel();  // the router's backward may get ready
+  await_previous_kernel();
   const int e = blockIdx.x * kThreads + threadIdx.x;
   const double tokens = p.summary[3] > 1.0f ? p.summary[3] : 1.0;
   auto gradient = [&](int index, int position, float coeff) -> double {

@@ -2,10 +2,11 @@
 
 Every variant is captured in a CUDA graph of several calls over different logits (together larger than the L2 unless
 --warm) and the graphs are replayed in turn; the median time of a call is reported with the copy ceiling measured in the
-same run. `replay cost` is the forward with forced ids over the live one (--replay adds rows with missing slots),
-`record cost` the ids in an int16 buffer too; `gate GEMM` is the product in front, with --hidden columns. A
-peer that does not import is replaced by the eager and the compiled reference. Rows go to docs/benchmarks/router.jsonl
-(--output) with GPU, versions, git sha and shape.
+same run. `replay cost` is the forward with forced ids, those of the same logits, over the live one (--replay adds ids
+with missing slots, ids of which a tenth of the rows differ by one expert, and random ones), `record cost` the ids in an
+int16 buffer too; `gate GEMM` is the product in front, with --hidden columns. A peer that does not import is replaced by
+the eager and the compiled reference. Rows go to docs/benchmarks/router.jsonl (--output) with GPU, versions, git sha and
+shape.
 """
 
 from __future__ import annotations
@@ -174,11 +175,21 @@ def gate(shape: Shape, hidden: int) -> Callable[[int], Any]:
     return lambda _: torch.nn.functional.linear(x, weight)
 
 
+def another_last(shape: Shape, inputs: Inputs, index: int, share: float) -> Tensor:
+    """The live ids, but for a share of the rows the best expert that was not chosen in the last slot."""
+    x, ids = inputs.logits[index], inputs.ids[index]
+    more = route_topk(x, inputs.bias, top_k=shape.top_k + 1, **shape.options).ids
+    other = torch.cat([ids[:, :-1], more[:, -1:]], dim=1)
+    return torch.where(torch.rand(shape.tokens, 1, device="cuda") < share, other, ids)
+
+
 def variants(shape: Shape, inputs: Inputs, replay: bool) -> dict[str, Callable[[int], Any]]:
     """Ours: forward with everything, its parts, recorded and replayed, and backward."""
     count = len(inputs.logits)
     buffer = torch.empty(shape.tokens, shape.top_k, dtype=torch.int16, device="cuda")
     holes = [ids.masked_fill(torch.rand_like(ids, dtype=torch.float32) < 0.01, -1) for ids in inputs.ids]
+    others = torch.rand(shape.tokens, shape.experts, device="cuda").argsort(dim=1)[:, : shape.top_k].int()
+    near = [another_last(shape, inputs, index, 0.1) for index in range(count)] if replay else []
 
     def forward(index: int, **more: Any) -> RouteTopk:
         return route_topk(inputs.logits[index % count], inputs.bias, top_k=shape.top_k, **shape.options, **more)
@@ -209,6 +220,8 @@ def variants(shape: Shape, inputs: Inputs, replay: bool) -> dict[str, Callable[[
     }
     if replay:
         calls["replayed, 1% missing"] = lambda i: replayed(i, holes)
+        calls["replayed, 10% of rows differ"] = lambda i: replayed(i, near)
+        calls["replayed, random ids"] = lambda i: replayed(i, [others] * count)
         calls["replayed, effective"] = lambda i: replayed(i, aux_counts="effective")
     return calls
 
