@@ -272,4 +272,35 @@ __device__ __forceinline__ void scores_in_place_lean(const Forward& p, bool know
   }
 }
 
+// Shared memory of a block. The buffers of the warps come first, for they are read in 16-byte words.
+template <int THREADS>
+struct LeanMemory {
+  struct Scratch {
+    double z[THREADS / kWarp];
+    int events[6];
+  };
+  int32_t *buffers, *hist, *hist_aux;
+  float* bias;
+  Scratch& scratch;
+
+  __device__ __forceinline__ LeanMemory(const Forward& p, int32_t* shared, Scratch& own)
+      : buffers(shared),
+        hist(shared + p.block_words),
+        hist_aux(p.live_apart ? hist + p.experts : hist),
+        bias(reinterpret_cast<float*>(hist_aux + p.experts)),
+        scratch(own) {}
+
+  __device__ __forceinline__ void clear(const Forward& p) const {
+#pragma unroll 1
+    for (int e = threadIdx.x; e < p.experts; e += THREADS) hist[e] = 0, hist_aux[e] = 0;
+    if (threadIdx.x < 6) scratch.events[threadIdx.x] = 0;
+  }
+
+  __device__ __forceinline__ void load_bias(const Forward& p, int bucket) const {
+    for (int e = threadIdx.x; e < bucket; e += THREADS) {
+      bias[e] = p.bias.data != nullptr && e < p.experts ? load_float(p.bias, e) : 0.0f;
+    }
+  }
+};
+
 }  // namespace moe_layer::router
