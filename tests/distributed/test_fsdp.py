@@ -35,11 +35,16 @@ def gradients(net: nn.Module, share: slice, *, average: bool) -> tuple[dict[str,
     if average:
         sync_gradients(net)
     norm = float(clip_grad_norm(net, math.inf))
+    return full_gradients(net), norm
+
+
+def full_gradients(net: nn.Module) -> dict[str, Tensor]:
+    """Of every parameter, zeros for None; collective where they are sharded."""
     found = {}
     for name, parameter in net.named_parameters():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         found[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
-    return found, norm
+    return found
 
 
 def on_mesh(mode: str, blocks: bool) -> tuple[dict[str, Tensor], float, set[str], list[float], dict[str, Tensor]]:

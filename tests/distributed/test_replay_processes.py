@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from moe_layer import RoutingSession, RoutingTrace
@@ -21,6 +20,7 @@ from moe_layer.parallel import clip_grad_norm, parallelize, sync_gradients
 from moe_layer.parallel.fsdp import shard_rest
 from moe_layer.replay import index_map
 from tests.distributed.pool import Pool
+from tests.distributed.test_fsdp import full_gradients
 from tests.distributed.test_parallelize import B, Model, S, config, data
 
 pytestmark = pytest.mark.dist
@@ -63,10 +63,7 @@ def step(net: nn.Module, path: str, rows: Tensor, kind: str) -> tuple[dict[str, 
     if dist.is_initialized():
         sync_gradients(net)
     norm = float(clip_grad_norm(net, math.inf))
-    found = {}
-    for name, parameter in net.named_parameters():
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        found[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
+    found = full_gradients(net)
     session.close()
     return found, norm, recording.trace(rows, num_tokens=B * S, token_ids=TOKENS)
 

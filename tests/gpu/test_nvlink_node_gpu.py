@@ -18,7 +18,8 @@ from moe_layer.parallel.context import ParallelContext
 from moe_layer.types import Routing
 from tests.distributed.cases import make_case, run_case
 from tests.distributed.pool import Pool
-from tests.gpu import test_nvlink_gpu as two
+from tests.gpu import nvlink_cases as cases
+from tests.gpu.test_nvlink_gpu import both_pushes
 
 KILLED = 2
 pytestmark = [pytest.mark.gpu, pytest.mark.dist]
@@ -42,8 +43,8 @@ def on_node(name: str, push: str) -> Any:
     device = f"cuda:{context.ep_rank}"
     try:
         if name in ("bits", "large"):
-            return two.bits_case(context, device, push, large=name == "large")
-        return {"graph": two.graph_case, "overflow": two.overflow_case, "handles": two.handles_case}[name](
+            return cases.bits_case(context, device, push, large=name == "large")
+        return {"graph": cases.graph_case, "overflow": cases.overflow_case, "handles": cases.handles_case}[name](
             context, device, push
         )
     finally:
@@ -53,13 +54,13 @@ def on_node(name: str, push: str) -> Any:
 def killed_rank() -> tuple[str, float]:
     """One rank dies between two dispatches; what the others are told, and after how many seconds."""
     context = _context("killed", 2.0)
-    case = two._on(make_case(2, T=16, D=16, E=8, K=2), f"cuda:{context.ep_rank}")
-    config = two._config(deadline_s=2.0)
+    case = cases._on(make_case(2, T=16, D=16, E=8, K=2), f"cuda:{context.ep_rank}")
+    config = cases._config(deadline_s=2.0)
     run_case(case, config, context)
     torch.cuda.synchronize()
     if context.ep_rank == KILLED:
         os.kill(os.getpid(), signal.SIGKILL)
-    dispatcher = two.make_dispatcher_alone(config, context, num_experts=8, top_k=2)
+    dispatcher = cases.make_dispatcher_alone(config, context, num_experts=8, top_k=2)
     start = time.monotonic()
     with pytest.raises(DispatchTimeout) as found:
         dispatcher.dispatch(case.x_TD, Routing.from_ids(case.ids_TK, case.w_TK, num_experts=8))
@@ -73,7 +74,7 @@ def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
     pool.close()
 
 
-@two.both_pushes
+@both_pushes
 @pytest.mark.parametrize("name", ["bits", "large", "graph", "handles", "overflow"])
 def test_node(pool: Pool, name: str, push: str) -> None:
     for answer in pool.run(on_node, name, push, timeout_s=80.0):
